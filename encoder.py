@@ -1,0 +1,166 @@
+"""GPT-2's byte-level BPE: text <-> token ids, id for id as OpenAI's encoder and tiktoken give them.
+
+A text goes through four steps. " rôle" shows them:
+
+    words   the text is cut into words, a leading space belonging to its word   " rôle"
+    bytes   each word is taken as its UTF-8 bytes                               b" r\\xc3\\xb4le"
+    chars   each byte is written as one printable character (BYTE_CHARS)        "ĠrÃ´le"
+    merges  neighbours are joined, the pair that vocab.bpe lists first first    "Ġr" "Ã´" "le"
+
+and the ids are those of the joined pieces in encoder.json. The words never cross a merge, so each is encoded once
+and remembered.
+"""
+
+import codecs
+import heapq
+import json
+import operator
+import os
+from itertools import chain, pairwise
+
+import regex
+
+# A word: an English contraction, or letters, or digits, or other signs, each with at most one space before it, or
+# white space (which leaves its last space to the word that follows). The ++ never give back what they took; that
+# changes no match, only the time.
+WORD = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
+
+# The character that stands for each of the 256 bytes: its own where Latin-1 prints one, else the next from U+0100.
+# GPT-2 lists the printable ones first, so in its order the characters ascend. For Python this is a codec.
+_PRINTABLE = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+_OTHERS = iter(range(256, 512))
+BYTE_CHARS = "".join(chr(byte if byte in _PRINTABLE else next(_OTHERS)) for byte in range(256))
+_CHAR_BYTES = codecs.charmap_build(BYTE_CHARS)
+
+_CACHE_WORDS, _CACHE_WORD_CHARS = 2**17, 64  # what is remembered at most: so many words, none longer
+
+
+class _Memo(dict):
+    """A dict that computes what it is asked for, and forgets everything rather than exceed its bound."""
+
+    def __init__(self, compute):
+        self.compute = compute
+
+    def __missing__(self, key):
+        value = self.compute(key)
+        if len(self) >= _CACHE_WORDS:
+            self.clear()
+        if not isinstance(key, str) or len(key) <= _CACHE_WORD_CHARS:
+            self[key] = value
+        return value
+
+
+class Encoder:
+    """Byte-level BPE over a vocabulary and its merges.
+
+    encoder: {token: id}, the tokens written in BYTE_CHARS
+    bpe_merges: pairs of tokens, the one to join first first
+    errors: what `decode` does with bytes that are not UTF-8, as in `bytes.decode`
+
+    >>> encoder = get_encoder("124M", "models")  # doctest: +SKIP
+    >>> encoder.encode("Hello world")  # doctest: +SKIP
+    [15496, 995]
+    """
+
+    def __init__(self, encoder: dict[str, int], bpe_merges: list[tuple[str, str]], errors: str = "replace"):
+        self.encoder = encoder
+        self.decoder = {id: token for token, id in encoder.items()}
+        self.errors = errors
+        self.bpe_ranks = dict(zip(bpe_merges, range(len(bpe_merges))))
+        self._word_ids = _Memo(self._encode_word)
+        self._token_bytes = _Memo(self._decode_token)
+
+    def bpe(self, chars: str) -> list[str]:
+        """Join a word's characters (of BYTE_CHARS) into tokens, in O(n log n) for n characters.
+
+        The tokens form a chain, so that a join is a change of its two ends; a heap gives the pair to join next, the
+        leftmost of the first in rank. What it gives may be out of date: a pair that was broken by another join.
+        """
+        tokens, n = list(chars), len(chars)
+        before, after = list(range(-1, n - 1)), list(range(1, n + 1))
+        ranks = self.bpe_ranks
+        heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in ranks]
+        heapq.heapify(heap)
+        while heap:
+            rank, left = heapq.heappop(heap)
+            right = after[left]
+            if right == n or ranks.get((tokens[left], tokens[right])) != rank:
+                continue
+            tokens[left] += tokens[right]
+            tokens[right] = ""
+            end = after[left] = after[right]
+            if end < n:
+                before[end] = left
+                if (pair := (tokens[left], tokens[end])) in ranks:
+                    heapq.heappush(heap, (ranks[pair], left))
+            start = before[left]
+            if start >= 0 and (pair := (tokens[start], tokens[left])) in ranks:
+                heapq.heappush(heap, (ranks[pair], start))
+        return [token for token in tokens if token]
+
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        chars = codecs.charmap_decode(word.encode("utf-8"), "strict", BYTE_CHARS)[0]
+        return tuple([self.encoder[token] for token in self.bpe(chars)])
+
+    def _decode_token(self, id: int) -> bytes:
+        try:
+            return codecs.charmap_encode(self.decoder[id], "strict", _CHAR_BYTES)[0]
+        except KeyError:
+            raise ValueError(f"token id {id!r} is not in the vocabulary of {len(self.decoder)} tokens") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Turn any text into token ids; `<|endoftext|>` in it is ordinary text.
+
+        Lone surrogates, which no encoding has bytes for, count as U+FFFD; pairs of them as the character they mean.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return list(chain.from_iterable(map(self._word_ids.__getitem__, WORD.findall(text))))
+
+    def decode(self, ids: list[int]) -> str:
+        """Turn token ids into text, the inverse of `encode`. Raises ValueError for an id that is not there."""
+        return b"".join(map(self._token_bytes.__getitem__, ids)).decode("utf-8", self.errors)
+
+
+def _token_order(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> None:
+    """Raise ValueError unless bytes and merges have ascending ids, and each merge joins tokens that were there."""
+    firsts, seconds = zip(*merges) if merges else ((), ())
+    joined = sorted(BYTE_CHARS) + list(map(operator.add, firsts, seconds))
+    try:
+        ids = list(map(vocabulary.__getitem__, joined))
+        parts = map(max, map(vocabulary.__getitem__, firsts), map(vocabulary.__getitem__, seconds))
+        ascending = map(operator.lt, map(max, ids[255:], parts), ids[256:])
+        if ids[:256] != sorted(ids[:256]) or not all(ascending):
+            raise ValueError("its tokens have other ids there, or another order")
+    except KeyError as error:
+        raise ValueError(f"the token {error} is not there") from None
+
+
+def get_encoder(model_name: str, models_dir: str) -> Encoder:
+    """Read the vocabulary in models_dir/model_name: encoder.json ({token: id}) and vocab.bpe (a version line, then
+    one merge a line: two tokens and a space between them).
+
+    Raises ValueError, with the file's name, where the two do not make a vocabulary: ids 0 to n - 1, among them the
+    256 bytes in GPT-2's order, then the tokens of the merges in theirs, each joined from two that come before it.
+    """
+    vocabulary_path = os.path.join(models_dir, model_name, "encoder.json")
+    merges_path = os.path.join(models_dir, model_name, "vocab.bpe")
+    try:
+        with open(vocabulary_path, encoding="utf-8") as file:
+            vocabulary = json.load(file)
+        if not isinstance(vocabulary, dict) or sorted(vocabulary.values()) != list(range(len(vocabulary))):
+            raise ValueError("it does not give its tokens the ids from 0 up, each once")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{vocabulary_path} is not a vocabulary: {error}; replace it") from None
+    try:
+        with open(merges_path, encoding="utf-8") as file:
+            version, *lines = file.read().removesuffix("\n").split("\n")
+        merges = [tuple(line.split(" ")) for line in lines]
+        if not version.startswith("#version") or not all(map((2).__eq__, map(len, merges))):
+            raise ValueError("it is not a #version line and then two tokens a line")
+        _token_order(vocabulary, merges)
+    except ValueError as error:
+        raise ValueError(f"{merges_path} does not fit {vocabulary_path}: {error}; replace both") from None
+    return Encoder(vocabulary, merges)
