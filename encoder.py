@@ -66,7 +66,7 @@ class Encoder:
         self.encoder = encoder
         self.decoder = {id: token for token, id in encoder.items()}
         self.errors = errors
-        self.bpe_ranks = dict(zip(bpe_merges, range(len(bpe_merges))))
+        self.bpe_ranks = {pair: rank for rank, pair in enumerate(bpe_merges)}
         self._word_ids = _Memo(self._encode_word)
         self._token_bytes = _Memo(self._decode_token)
 
@@ -126,7 +126,7 @@ class Encoder:
 
 def _token_order(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> None:
     """Raise ValueError unless bytes and merges have ascending ids, and each merge joins tokens that were there."""
-    firsts, seconds = zip(*merges) if merges else ((), ())
+    firsts, seconds = zip(*merges, strict=True) if merges else ((), ())
     joined = sorted(BYTE_CHARS) + list(map(operator.add, firsts, seconds))
     try:
         ids = list(map(vocabulary.__getitem__, joined))
@@ -150,9 +150,10 @@ def get_encoder(model_name: str, models_dir: str) -> Encoder:
     try:
         with open(vocabulary_path, encoding="utf-8") as file:
             vocabulary = json.load(file)
-        if not isinstance(vocabulary, dict) or sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        ids = list(vocabulary.values())
+        if set(map(type, ids)) != {int} or sorted(ids) != list(range(len(ids))):
             raise ValueError("it does not give its tokens the ids from 0 up, each once")
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{vocabulary_path} is not a vocabulary: {error}; replace it") from None
     try:
         with open(merges_path, encoding="utf-8") as file:

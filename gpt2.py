@@ -28,7 +28,7 @@ def softmax(x):
 
 
 def layer_norm(x, g, b, eps=1e-5):
-    """Layer normalization (Ba et al., 2016) over the last axis: [..., n_embd], scaled by g and shifted by b [n_embd]."""
+    """Layer normalization (Ba et al., 2016) of x [..., n_embd] over its last axis, with gain g and bias b [n_embd]."""
     centred = x - np.mean(x, axis=-1, keepdims=True)
     variance = np.mean(centred * centred, axis=-1, keepdims=True)
     return centred / np.sqrt(variance + eps) * g + b

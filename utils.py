@@ -14,6 +14,7 @@ import mmap
 import os
 import re
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -44,6 +45,7 @@ MAX_WAIT = 30  # seconds, at most, that a server's Retry-After is heeded
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may be gone when asked again
 
 
+_DATA = ".data-00000-of-00001"  # after the checkpoint's name: the one file of data that OpenAI's have
 _RECORD = ".layout.json"  # after the checkpoint's name: how its data file was found to be laid out; can be deleted
 _REPLACE = "delete it and run again (a published size is then downloaded anew), or put an intact one in its place"
 
@@ -131,7 +133,7 @@ def _fetch(session, url: str, path: str, sha256: str | None) -> None:
             answered = answered or error.wait is not None or _size(part) > size
             failures = 0 if _size(part) > size else failures + 1
             size = max(size, _size(part))
-            if failures > RETRIES or not answered and time.monotonic() - started > PATIENCE:
+            if failures > RETRIES or (not answered and time.monotonic() - started > PATIENCE):
                 raise ConnectionError(f"cannot download {url}: {error}") from None
             time.sleep(max(error.wait or 0, BACKOFF * 2 ** max(failures - 1, 0)))
     for algorithm, expected in ("md5", md5), ("sha256", sha256):
@@ -315,87 +317,89 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path: str, hparams: dict) -> dict:
     missing or has another shape than hparams say, or that does not pass TensorFlow's checksum.
     """
     data_paths = glob.glob(glob.escape(tf_ckpt_path) + ".data-*")
-    for path in (tf_ckpt_path + ".index", tf_ckpt_path + ".data-00000-of-00001")[: 1 if data_paths else 2]:
+    for path in tf_ckpt_path + ".index", *(data_paths or [tf_ckpt_path + _DATA]):
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path} is missing; {_REPLACE}")
-    n_vocab, n_ctx, n_embd, n_layer = (hparams[name] for name in ("n_vocab", "n_ctx", "n_embd", "n_layer"))
-    n_params = (n_vocab + n_ctx + 2) * n_embd + n_layer * (12 * n_embd + 13) * n_embd
-    if (found := sum(map(_size, data_paths))) < 4 * n_params:  # before a wrong hparams.json makes a huge dict
-        raise ValueError(
-            f"{data_paths[0]} has {found} bytes, but hparams.json describes {4 * n_params}: one of them is not right; {_REPLACE}"
-        )
-    shapes = _variable_shapes(n_vocab, n_ctx, n_embd, n_layer)
-    variables = _map_as_recorded(tf_ckpt_path, shapes)
-    if variables is None:
-        variables = _read_with_tensorflow(tf_ckpt_path, shapes)
-    params = {"blocks": [{} for _ in range(n_layer)]}
-    for name, shape in shapes.items():
+    variables = _map_as_recorded(tf_ckpt_path, hparams) or _read_with_tensorflow(tf_ckpt_path, hparams)
+    params = {"blocks": [{} for _ in range(hparams["n_layer"])]}
+    for name, array in variables.items():
         _, *keys, last = name.split("/")  # model/wte, model/ln_f/g, model/h0/attn/c_attn/w
         place = params
         for key in keys:
             place = params["blocks"][int(key[1:])] if re.fullmatch(r"h\d+", key) else place.setdefault(key, {})
-        place[last] = variables[name].reshape(shape[-2:])  # a w is [1, n_in, n_out] in the file
+        place[last] = array.reshape(array.shape[-2:])  # a w is [1, n_in, n_out] in the file
     return params
 
 
-def _variable_shapes(n_vocab: int, n_ctx: int, n_embd: int, n_layer: int) -> dict[str, tuple[int, ...]]:
-    """Return {name: shape} of the variables that openai/gpt-2's model.py makes."""
-    shapes = {"model/wte": (n_vocab, n_embd), "model/wpe": (n_ctx, n_embd)}
-    norms = ["model/ln_f"]
-    for block in (f"model/h{layer}" for layer in range(n_layer)):
-        norms += f"{block}/ln_1", f"{block}/ln_2"
+def _variable_shapes(hparams: dict):
+    """Yield the (name, shape) of each variable that openai/gpt-2's model.py makes."""
+    n_embd = hparams["n_embd"]
+    yield "model/wte", (hparams["n_vocab"], n_embd)
+    yield "model/wpe", (hparams["n_ctx"], n_embd)
+    yield from _norm_shapes("model/ln_f", n_embd)
+    for block in (f"model/h{layer}" for layer in range(hparams["n_layer"])):
+        yield from _norm_shapes(f"{block}/ln_1", n_embd)
+        yield from _norm_shapes(f"{block}/ln_2", n_embd)
         for projection, n_in, n_out in (
             ("attn/c_attn", n_embd, 3 * n_embd),
             ("attn/c_proj", n_embd, n_embd),
             ("mlp/c_fc", n_embd, 4 * n_embd),
             ("mlp/c_proj", 4 * n_embd, n_embd),
         ):
-            shapes |= {f"{block}/{projection}/w": (1, n_in, n_out), f"{block}/{projection}/b": (n_out,)}
-    return shapes | {f"{norm}/{part}": (n_embd,) for norm in norms for part in "gb"}
+            yield f"{block}/{projection}/w", (1, n_in, n_out)
+            yield f"{block}/{projection}/b", (n_out,)
 
 
-def _check_shapes(found: dict, shapes: dict, tf_ckpt_path: str) -> None:
-    for name, shape in shapes.items():
+def _norm_shapes(name: str, n_embd: int):
+    yield f"{name}/g", (n_embd,)
+    yield f"{name}/b", (n_embd,)
+
+
+def _gpt2_variables(found: dict, hparams: dict, tf_ckpt_path: str) -> list[str]:
+    """Return the names of GPT-2's variables when all are in found ({name: shape}); raise ValueError at the first that
+    is not, before wrong hparams can ask for more than there is."""
+    names = []
+    for name, shape in _variable_shapes(hparams):
         if name not in found:
-            raise ValueError(f"{tf_ckpt_path} has no variable {name}, of shape {list(shape)} by hparams.json")
-        if tuple(found[name]) != shape:
             raise ValueError(
-                f"{tf_ckpt_path}: the variable {name} has shape {list(found[name])}, by hparams.json it is {list(shape)}"
+                f"{tf_ckpt_path} has no variable {name}, of shape {list(shape)} by hparams.json; {_REPLACE}"
             )
+        if tuple(found[name]) != shape:
+            wrong = f"{tf_ckpt_path}: the variable {name} has shape {list(found[name])}"
+            raise ValueError(f"{wrong}, but {list(shape)} by hparams.json; {_REPLACE}")
+        names.append(name)
+    return names
 
 
-def _read_with_tensorflow(tf_ckpt_path: str, shapes: dict) -> dict[str, np.ndarray]:
-    """Read the variables named in shapes through TensorFlow, which verifies the checksum of each.
+def _read_with_tensorflow(tf_ckpt_path: str, hparams: dict) -> dict[str, np.ndarray]:
+    """Read GPT-2's variables through TensorFlow, which verifies the checksum of each -> {name: array}.
 
-    Each that the data file holds where a plain concatenation of all variables, by name, would have it is taken from
-    the mapped file instead. When this is true of all of them it is recorded, so that the next load needs no TensorFlow.
+    Each that stands in the data file where a plain concatenation of all variables, in the order of their names, has
+    it is taken from the mapped file instead. If that is true of all of them it is recorded for the next load.
     """
     try:
         with _no_stderr():
             import tensorflow as tf
     except ImportError as error:
         raise ImportError(f"the first load of a checkpoint needs TensorFlow ({error}): see requirements.txt") from None
-    data_path = tf_ckpt_path + ".data-00000-of-00001"
+    damaged = tf_ckpt_path + ".index"
     try:
-        damaged = tf_ckpt_path + ".index"
-        with _no_stderr():
-            reader = tf.train.load_checkpoint(tf_ckpt_path)
-        found = reader.get_variable_to_shape_map()
-        _check_shapes(found, shapes, tf_ckpt_path)
-        dtypes = reader.get_variable_to_dtype_map()
-        names = {name: np.dtype(dtypes[name].as_numpy_dtype).name for name in sorted(found)}
-        layout = {name: " ".join([dtype, *map(str, found[name])]) for name, dtype in names.items()}
-        identity = _identity(data_path)
-        mapped = _map_variables(data_path, layout) or {}
-        variables, damaged = {}, data_path
-        for name in tqdm(shapes, desc="first load", disable=None):
-            variables[name] = np.asarray(reader.get_tensor(name), np.float32)
-            variables[name].flags.writeable = False
-            if name in mapped and np.array_equal(variables[name].view(np.uint32), mapped[name].view(np.uint32)):
-                variables[name] = mapped[name]
-    except (tf.errors.OpError, RuntimeError) as error:
+        with _without_wildcards(tf_ckpt_path) as path:
+            with _no_stderr():
+                reader = tf.train.load_checkpoint(path)
+            found, types = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
+            dtypes = {name: np.dtype(types[name].as_numpy_dtype).name for name in sorted(found)}
+            layout = {name: " ".join([dtype, *map(str, found[name])]) for name, dtype in dtypes.items()}
+            identity, mapped = _map_variables(tf_ckpt_path + _DATA, layout)
+            variables, damaged = {}, tf_ckpt_path + _DATA
+            for name in tqdm(_gpt2_variables(found, hparams, tf_ckpt_path), desc="first load", disable=None):
+                variables[name] = np.asarray(reader.get_tensor(name), np.float32)
+                variables[name].flags.writeable = False
+                if name in mapped and np.array_equal(variables[name].view(np.uint32), mapped[name].view(np.uint32)):
+                    variables[name] = mapped[name]
+    except (tf.errors.OpError, RuntimeError, IndexError) as error:  # IndexError: the data ends too early
         raise ValueError(f"{damaged} is damaged: {str(error).splitlines()[0]}; {_REPLACE}") from None
-    if all(variables[name] is mapped.get(name) for name in shapes):
+    if all(array is mapped.get(name) for name, array in variables.items()):
         _write_record(tf_ckpt_path, {"data_file": identity, "variables": layout})
     return variables
 
@@ -414,45 +418,51 @@ def _no_stderr():
         os.close(saved)
 
 
-def _map_variables(data_path: str, layout: dict[str, str]) -> dict[str, np.ndarray] | None:
-    """Map the data file -> {name: array}, read-only, the variables one after another in the order of layout.
+@contextlib.contextmanager
+def _without_wildcards(path: str):
+    """Lead to path by a link where it holds a [ or *, which TensorFlow would take for a wildcard."""
+    if glob.escape(path) == path:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.symlink(os.path.dirname(os.path.abspath(path)), os.path.join(folder, "link"))
+        yield os.path.join(folder, "link", os.path.basename(path))
 
-    layout: {name: "dtype n_rows n_columns"}, with as many sizes as the variable has axes. Returns None where this
-    can't be how the file is.
+
+def _map_variables(data_path: str, layout: dict[str, str]) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+    """Map the data file, read-only -> (what tells it from another, {name: array}).
+
+    layout: {name: "dtype size ..."}, with the sizes of the variable's axes. The variables come one after another in
+    the order of layout; where the file can't be so, there are none.
     """
-    variables, offset = {}, 0
+    identity, variables, offset = {}, {}, 0
     try:
         with open(data_path, "rb") as file:
+            status = os.fstat(file.fileno())
+            identity = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         for name, description in layout.items():
-            dtype, *shape = description.split()
-            shape = tuple(map(int, shape))
+            dtype, *sizes = description.split()
+            shape = tuple(map(int, sizes))
             variables[name] = np.frombuffer(mapped, dtype, math.prod(shape), offset).reshape(shape)
             offset += variables[name].nbytes
     except (OSError, TypeError, ValueError):
-        return None
-    return variables if offset == len(mapped) else None
+        return identity, {}
+    return identity, variables if offset == len(mapped) else {}
 
 
-def _map_as_recorded(tf_ckpt_path: str, shapes: dict) -> dict[str, np.ndarray] | None:
-    """Map the data file as an earlier load recorded it; None where there is no record of this very file."""
-    data_path = tf_ckpt_path + ".data-00000-of-00001"
+def _map_as_recorded(tf_ckpt_path: str, hparams: dict) -> dict[str, np.ndarray] | None:
+    """Map GPT-2's variables as an earlier load found and recorded them; None without a record of this very file."""
     try:
         with open(tf_ckpt_path + _RECORD, encoding="utf-8") as file:
             record = json.load(file)
-        if record["data_file"] != _identity(data_path):
+        identity, mapped = _map_variables(tf_ckpt_path + _DATA, record["variables"])
+        if not mapped or identity != record["data_file"]:
             return None
-        variables = _map_variables(data_path, record["variables"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    if variables is not None:
-        _check_shapes({name: array.shape for name, array in variables.items()}, shapes, tf_ckpt_path)
-    return variables
-
-
-def _identity(path: str) -> dict[str, int]:
-    status = os.stat(path)
-    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
+    shapes = {name: array.shape for name, array in mapped.items()}
+    return {name: mapped[name] for name in _gpt2_variables(shapes, hparams, tf_ckpt_path)}
 
 
 def _write_record(tf_ckpt_path: str, record: dict) -> None:

@@ -17,6 +17,11 @@ BYTE_TO_CHAR = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i) for
 
 SMALL_MERGES = ["Ġ t", "h e", "Ġt he", "i n", "a n", "r e", "an d", "Ġ and", "Ġ a", "o n", "e r", "in g"]
 SMALL_HPARAMS = {"n_vocab": 257 + len(SMALL_MERGES), "n_ctx": 32, "n_embd": 12, "n_head": 3, "n_layer": 2}
+REFERENCE_MODELS = {  # sizes at which the wrong axis, head or layer order would show
+    "three_heads": SMALL_HPARAMS,
+    "one_layer": {"n_vocab": 50, "n_ctx": 16, "n_embd": 8, "n_head": 1, "n_layer": 1},
+    "eleven_layers": {"n_vocab": 60, "n_ctx": 24, "n_embd": 10, "n_head": 5, "n_layer": 11},
+}
 
 
 def write_vocabulary(folder, merges=SMALL_MERGES):
@@ -31,7 +36,7 @@ def write_vocabulary(folder, merges=SMALL_MERGES):
 
 def random_variables(hparams, seed=0):
     """{name: array} of every variable of a GPT-2, random but for the order of magnitude."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.RandomState(seed)  # its numbers are the same in every NumPy, as stored results need
     n_embd = hparams["n_embd"]
 
     def normal(*shape, mean=0.0, std=0.1):

@@ -1,0 +1,70 @@
+"""Make tests/reference.npz: what transformers' GPT2LMHeadModel (torch, float32) answers for small random models.
+
+    pip install torch transformers && python tests/make_reference.py
+
+The models are those of helpers.random_variables, so that only their answers need to be stored.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from helpers import REFERENCE_MODELS, random_variables
+
+
+def torch_model(hparams, variables):
+    """The transformers model with these variables. Its Conv1D weights are [n_in, n_out], as in the checkpoint."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=hparams["n_vocab"],
+        n_positions=hparams["n_ctx"],
+        n_embd=hparams["n_embd"],
+        n_head=hparams["n_head"],
+        n_layer=hparams["n_layer"],
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = GPT2LMHeadModel(config).eval()
+    state = {}
+    for name, array in variables.items():
+        key = name.replace("model/h", "h.", 1) if name.startswith("model/h") else name.removeprefix("model/")
+        key = "transformer." + key.replace("/", ".")
+        if name.endswith(("wte", "wpe", "/g", "/w")):
+            key = key.removesuffix(".g").removesuffix(".w") + ".weight"
+        else:
+            key = key.removesuffix(".b") + ".bias"
+        state[key] = torch.from_numpy(array[0] if array.ndim == 3 else array)
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not missing, missing
+    assert not unexpected, unexpected
+    return model
+
+
+def greedy(model, ids, n):
+    import torch
+
+    ids = list(ids)
+    for _ in range(n):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(ids) - n :]
+
+
+def main():
+    import torch
+
+    results = {}
+    with torch.no_grad():
+        for name, hparams in REFERENCE_MODELS.items():
+            model = torch_model(hparams, random_variables(hparams))
+            rng = np.random.RandomState(1)
+            ids = rng.randint(0, hparams["n_vocab"], hparams["n_ctx"])
+            results[f"{name}/ids"] = ids.astype(np.int32)
+            results[f"{name}/logits"] = model(torch.from_numpy(ids)[None]).logits[0].numpy()
+            results[f"{name}/greedy"] = np.array(greedy(model, ids[:5], hparams["n_ctx"] + 1 - 5), dtype=np.int32)
+    np.savez_compressed(Path(__file__).parent / "reference.npz", **results)
+
+
+if __name__ == "__main__":
+    main()
