@@ -8,7 +8,9 @@ The formulas are those of openai/gpt-2's model.py; "Language Models are Unsuperv
 al., 2019) describes the model. Everything is float32: Python's floats keep it so, a NumPy float64 would not.
 """
 
+import contextlib
 import math
+import os
 import sys
 
 import numpy as np
@@ -66,7 +68,7 @@ class KVCache:
 
     def __init__(self, params, n_head, n_max=None, batch=()):
         n_ctx, n_embd = params["wpe"].shape
-        shape = (len(params["blocks"]), *batch, n_head, n_max or n_ctx, n_embd // n_head)
+        shape = (len(params["blocks"]), *batch, n_head, n_ctx if n_max is None else n_max, n_embd // n_head)
         self.k, self.v = np.empty(shape, np.float32), np.empty(shape, np.float32)
         self.n_past = 0
 
@@ -118,98 +120,321 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     return hidden_states(inputs, wte, wpe, blocks, ln_f, n_head, cache) @ wte.T
 
 
-def stream(inputs, params, n_head, n_tokens_to_generate):
-    """Generate greedily, as `generate` does, one id at a time: an iterator. It checks its arguments at once."""
-    inputs = list(inputs)
-    n_vocab, n_ctx = len(params["wte"]), len(params["wpe"])
-    if n_tokens_to_generate < 0:
-        raise ValueError(f"n_tokens_to_generate is {n_tokens_to_generate}, it must be 0 or more")
-    if not inputs:
-        raise ValueError("the prompt has 0 tokens, it needs 1 or more")
-    for id in inputs:
+def log_probs(ids, params, n_head):
+    """Log-probability (natural) of each id but the first, given those before it -> float32 [len(ids) - 1].
+
+    exp(-mean) of them is the perplexity. Takes 64 positions at a time, so that the logits stay small. Raises
+    ValueError where ids are none, not of the vocabulary, or more than n_ctx + 1.
+    """
+    ids = _checked_ids(ids, params, 0)
+    cache, parts = KVCache(params, n_head), [np.empty(0, np.float32)]
+    for start in range(0, len(ids) - 1, 64):
+        inputs, targets = ids[start : start + 64], ids[start + 1 : start + 65]
+        logits = gpt2(inputs[: len(targets)], **params, n_head=n_head, cache=cache)  # [len(targets), n_vocab]
+        logits -= np.max(logits, axis=-1, keepdims=True)
+        chosen = logits[np.arange(len(targets)), targets]
+        parts.append(chosen - np.log(np.sum(np.exp(logits, out=logits), axis=-1)))
+    return np.concatenate(parts)
+
+
+def token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """Probabilities to draw the next token with: logits [n_vocab] -> float32 [n_vocab], 0 for what is ruled out.
+
+    Of the softmax of logits / temperature it leaves the top_k likeliest tokens (0: all), and of these the fewest that
+    together have the share top_p (nucleus sampling, Holtzman et al., 2020). Equals of the last one in stay, too.
+    """
+    _check_options(temperature=temperature, top_k=top_k, top_p=top_p)
+    with np.errstate(over="ignore"):  # a low temperature takes the others to -inf, as it should
+        probs = softmax((logits - np.max(logits)) / max(temperature, 1e-30))
+    if 0 < top_k < len(probs):
+        probs[logits < np.partition(logits, -top_k)[-top_k]] = 0
+    if top_p < 1:
+        descending = np.sort(probs)[::-1]
+        shares = np.cumsum(descending, dtype=np.float64)  # thousands of small terms
+        probs[probs < descending[np.searchsorted(shares, top_p * shares[-1])]] = 0
+    return probs / np.sum(probs)
+
+
+def sample(logits, rng, temperature=1.0, top_k=0, top_p=1.0):
+    """Draw the next token from logits [n_vocab] with a NumPy Generator -> its id. Temperature 0: the likeliest."""
+    if temperature == 0:
+        return int(np.argmax(logits))
+    shares = np.cumsum(token_probs(logits, temperature, top_k, top_p), dtype=np.float64)
+    return int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))
+
+
+_RANGES = {  # what the options of generation must be
+    "n_tokens_to_generate": ("0 or more", lambda n: n >= 0),
+    "temperature": ("0 or more", lambda temperature: temperature >= 0),
+    "top_k": ("0 or more", lambda k: k >= 0),
+    "top_p": ("above 0 and at most 1", lambda p: 0 < p <= 1),
+    "seed": ("0 or more", lambda seed: seed is None or seed >= 0),
+    "n_samples": ("1 or more", lambda n: n is None or n >= 1),
+}
+
+
+def _check_options(**options):
+    for name, value in options.items():
+        words, holds = _RANGES[name]
+        if not holds(value):  # nor does it for NaN
+            raise ValueError(f"{name} is {value}, it must be {words}")
+
+
+def _checked_ids(ids, params, n_new):
+    """Return ids as a list when n_new tokens can follow them, else raise ValueError."""
+    ids, n_vocab, n_ctx = list(ids), len(params["wte"]), len(params["wpe"])
+    if not ids:
+        raise ValueError("there are 0 token ids, a prompt needs 1 or more")
+    for id in ids:
         if not 0 <= id < n_vocab:
-            raise ValueError(f"the prompt holds the id {id}, but the vocabulary has {n_vocab} tokens")
-    if len(inputs) + n_tokens_to_generate - 1 > n_ctx:  # the last token is never an input
-        raise ValueError(
-            f"{len(inputs)} prompt tokens and {n_tokens_to_generate} new ones are more than the model can hold:"
-            f" together at most {n_ctx + 1}"
-        )
-    return _stream(inputs, params, n_head, n_tokens_to_generate)
+            raise ValueError(f"{id} is not a token id: the vocabulary has {n_vocab} tokens")
+    if len(ids) + n_new - 1 > n_ctx:  # the last token is never an input
+        raise ValueError(f"{len(ids)} tokens and {n_new} new ones are more than the model can take, {n_ctx + 1} in all")
+    return ids
 
 
-def _stream(inputs, params, n_head, n_tokens_to_generate):
-    cache = KVCache(params, n_head, len(inputs) + n_tokens_to_generate)
-    for _ in range(n_tokens_to_generate):
+def stream(
+    inputs,
+    params,
+    n_head,
+    n_tokens_to_generate,
+    *,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    seed=None,
+    n_samples=None,
+    stop_id=None,
+):
+    """Generate as `generate` does, one token at a time -> iterator over ids.
+
+    With n_samples each item is a list of as many ids, None for a sample that has stopped.
+    """
+    _check_options(
+        n_tokens_to_generate=n_tokens_to_generate,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        n_samples=n_samples,
+    )
+    inputs = _checked_ids(inputs, params, n_tokens_to_generate)
+    seeds = np.random.SeedSequence(seed).spawn(n_samples or 1)
+    rngs = [np.random.default_rng(one) for one in seeds]
+
+    def steps():
+        if n_tokens_to_generate == 0:
+            return
+        n_kv = len(inputs) + n_tokens_to_generate - 1
+        cache = KVCache(params, n_head, n_kv, batch=(1,))
         for start in range(0, len(inputs), CHUNK):
-            x = hidden_states(inputs[start : start + CHUNK], **params, n_head=n_head, cache=cache)
-        logits = params["wte"] @ x[-1]  # [n_vocab]
-        next_id = int(np.argmax(logits))
-        if not math.isfinite(logits[next_id]):
-            raise ValueError("the model's logits are not finite: its parameters are damaged")
-        yield next_id
-        inputs = [next_id]
+            x = hidden_states([inputs[start : start + CHUNK]], **params, n_head=n_head, cache=cache)
+        if len(rngs) > 1:  # one prompt for all samples
+            prompt, cache = cache, KVCache(params, n_head, n_kv, batch=(len(rngs),))
+            cache.n_past = n = prompt.n_past
+            cache.k[..., :n, :], cache.v[..., :n, :] = prompt.k[..., :n, :], prompt.v[..., :n, :]
+        ids = [0] * len(rngs)
+        for n_left in range(n_tokens_to_generate, 0, -1):
+            logits = x[:, -1] @ params["wte"].T  # [1 (the prompt's) or n_samples, n_vocab]
+            if not np.isfinite(logits).all():
+                raise ValueError("the logits are not finite: the parameters are damaged")
+            rows = np.broadcast_to(logits, (len(rngs), logits.shape[1]))
+            for i, rng in enumerate(rngs):
+                if ids[i] is not None:
+                    ids[i] = sample(rows[i], rng, temperature, top_k, top_p)
+                    ids[i] = None if ids[i] == stop_id else ids[i]
+            if all(id is None for id in ids):
+                return
+            yield ids[0] if n_samples is None else list(ids)
+            if n_left > 1:
+                x = hidden_states([[id or 0] for id in ids], **params, n_head=n_head, cache=cache)
+
+    return steps()
 
 
-def generate(inputs, params, n_head, n_tokens_to_generate):
-    """Continue the token ids `inputs` greedily, each time by the likeliest next token -> list of the new ids.
+def generate(inputs, params, n_head, n_tokens_to_generate, **options):
+    """Continue the token ids `inputs` -> list of the n_tokens_to_generate new ids.
 
-    Shows its progress on a terminal. Raises ValueError where inputs are empty or not ids of the vocabulary, and where
-    len(inputs) + n_tokens_to_generate - 1 exceeds n_ctx. inputs is left as it is.
+    Each is the likeliest next token unless options say otherwise (keyword only, as of `stream`):
+    temperature, top_k, top_p: see token_probs; temperature 0 (the default) is greedy
+    seed: the same seed draws the same ids
+    n_samples: how many continuations to draw at once, each from a random stream of its own -> list of lists
+    stop_id: the id that ends a continuation, and is not part of it; without it all are n_tokens_to_generate long
+
+    Shows its progress on a terminal, and leaves inputs as they are. Raises ValueError for a value out of its range,
+    for inputs that are none or not ids of the vocabulary, and where len(inputs) + n_tokens_to_generate - 1 > n_ctx.
     """
     from tqdm import tqdm
 
-    ids = stream(inputs, params, n_head, n_tokens_to_generate)
-    return list(tqdm(ids, "generating", total=n_tokens_to_generate, leave=False, disable=None))
+    ids = stream(inputs, params, n_head, n_tokens_to_generate, **options)
+    ids = list(tqdm(ids, "generating", total=n_tokens_to_generate, leave=False, disable=None))
+    n_samples = options.get("n_samples")
+    return ids if n_samples is None else [[row[i] for row in ids if row[i] is not None] for i in range(n_samples)]
 
 
-def main(prompt: str, n_tokens_to_generate: int = 40, model_size: str = "124M", models_dir: str = "models") -> str:
-    """Continue a text. An empty prompt starts from <|endoftext|>, the sign between the texts GPT-2 learned from."""
+def continuation(prompt, model, n_tokens_to_generate, n_samples, **options):
+    """Yield what continues a text, in pieces as they come; several samples one after the other, under headings."""
+    encoder, hparams, params = model
+    end = encoder.encoder.get("<|endoftext|>")
+    ids = encoder.encode(prompt) or [end]
+    if ids == [None]:
+        raise ValueError("the prompt is empty, and the vocabulary has no <|endoftext|> to start from")
+    arguments = ids, params, hparams["n_head"], n_tokens_to_generate
+    if n_samples != 1:
+        samples = generate(*arguments, n_samples=n_samples, stop_id=end, **options)
+        for i, sample_ids in enumerate(samples, 1):
+            yield f"{'=' * 40} SAMPLE {i} {'=' * 40}\n{encoder.decode(sample_ids)}" + "\n" * (i < n_samples)
+        return
+    waiting = []
+    for id in stream(*arguments, stop_id=end, **options):
+        waiting.append(id)
+        if not (text := encoder.decode(waiting)).endswith("\ufffd"):  # which may be the half of a character
+            yield text
+            waiting = []
+    yield encoder.decode(waiting)
+
+
+def main(
+    prompt: str,
+    n_tokens_to_generate: int = 40,
+    model_size: str = "124M",
+    models_dir: str = "models",
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    n_samples: int = 1,
+) -> str:
+    """Continue a text as the command line does (its HELP describes the arguments), up to <|endoftext|> -> new text."""
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "n_samples": n_samples}
+    _check_options(n_tokens_to_generate=n_tokens_to_generate, **options)
     from utils import load_encoder_hparams_and_params
 
-    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    ids = encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]]
-    return encoder.decode(generate(ids, params, hparams["n_head"], n_tokens_to_generate))
+    model = load_encoder_hparams_and_params(model_size, models_dir)
+    return "".join(continuation(prompt, model, n_tokens_to_generate, **options))
 
 
-def command_line(arguments):
-    """Run main with the command line's arguments and print the text; exit status 0, 1 (it failed) or 2 (misused)."""
-    import contextlib
+# The command line
+
+HELP = """\
+python gpt2.py PROMPT [OPTIONS]    continue a text with GPT-2
+
+PROMPT                       the text, in quotes; - reads it from standard input, less its last line end; "" starts
+                             a text from nothing; --prompt="-x" gives one that begins with a dash
+--n_tokens_to_generate 40    0 or more: the most tokens to add; the prompt's and these must fit the model's context
+--model_size 124M            124M, 355M, 774M or 1558M, downloaded when first used, or a folder's name in models_dir
+--models_dir models          the folder with the models
+--temperature 0.0            0 or more: 0 takes the likeliest token each time, 1 draws by the model's probabilities
+--top_k 0                    0 or more: draw among so many of the likeliest tokens only, 0 among all
+--top_p 1.0                  above 0, at most 1: draw among the fewest likeliest tokens that have this probability
+--seed                       0 or more: draw the same again; without it each run is different
+--n_samples 1                1 or more: how many continuations
+--interactive                ask for prompts, one a line; Ctrl-C stops an answer, Ctrl-D leaves
+--help                       this page
+
+python gpt2.py "Alan Turing theorized that computers would one day become" --temperature 0.8 --top_p 0.9 --seed 1
+"""
+
+
+def parse_arguments(arguments):
+    """Words of the command line -> (interactive, keyword arguments of main); ValueError for what is none of them."""
+    import inspect
     import io
 
     import fire
 
     @fire.decorators.SetParseFn(str)  # or fire would read "1984" and "1, 2" as Python
-    def options(*words, prompt=None, n_tokens_to_generate="40", model_size="124M", models_dir="models", **unknown):
-        """Sort the arguments; fire calls this."""
-        if unknown:
-            raise ValueError(f"unknown option --{next(iter(unknown))}")
-        prompts = [*words, *([] if prompt is None else [prompt])]
-        if len(prompts) != 1:
-            raise ValueError(f"one prompt is needed, in quotes, but there are {len(prompts)}")
-        try:
-            n = int(n_tokens_to_generate)
-        except ValueError:
-            raise ValueError(f"n_tokens_to_generate is {n_tokens_to_generate!r}, not a whole number") from None
-        return {"prompt": prompts[0], "n_tokens_to_generate": n, "model_size": model_size, "models_dir": models_dir}
+    def sort_out(*words, **named):
+        return list(words), named
 
-    for stream_ in sys.stdout, sys.stderr:
-        stream_.reconfigure(errors="replace")
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # fire explains on many lines
-            chosen = fire.Fire(options, [*arguments, "--", "--separator=\0"], serialize=lambda _: None)
+        with contextlib.redirect_stderr(io.StringIO()):  # fire explains itself on many lines
+            # The end is for fire itself: without a separator of its own it would cut the arguments at a -.
+            words, named = fire.Fire(sort_out, [*arguments, "--", "--separator=\0"], serialize=lambda _: None)
     except fire.core.FireExit as error:
-        print("gpt2.py: " + error.trace.elements[-1].ErrorAsStr(), file=sys.stderr)
-        return 2
+        raise ValueError(error.trace.elements[-1].ErrorAsStr()) from None
+    interactive = named.pop("interactive", "False")
+    if interactive not in ("True", "False"):
+        raise ValueError(f"--interactive takes no value, and the prompts come later: {interactive!r}")
+    words += [named.pop("prompt")] if "prompt" in named else []
+    if len(words) != (interactive == "False"):
+        raise ValueError(f"one prompt is needed, in quotes (none with --interactive), but there are {len(words)}")
+    parameters = inspect.signature(main).parameters
+    for name, text in named.items():
+        if name not in parameters:
+            raise ValueError(f"there is no option --{name}; --help shows those that there are")
+        kind = int if name == "seed" else type(parameters[name].default)
+        try:
+            named[name] = kind(text)
+        except ValueError:
+            raise ValueError(f"--{name} needs a {'whole ' * (kind is int)}number, not {text!r}") from None
+    _check_options(**{name: value for name, value in named.items() if name in _RANGES})
+    chosen = inspect.signature(main).bind("".join(words), **named)
+    chosen.apply_defaults()
+    return interactive == "True", chosen.arguments
+
+
+def show(pieces):
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def answer_prompts(model, options):
+    """Continue one line after the other, until the end of the input."""
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  input() has line editing and a history then
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    while True:
+        try:
+            show(continuation(input("> " if at_terminal else ""), model, **options))
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print()
+        except ValueError as error:
+            complain(error)
+
+
+def complain(error):
+    print("gpt2.py: " + " ".join(str(error).split("\n")), file=sys.stderr)
+
+
+def command_line(arguments):
+    """Do what the command line says -> exit status: 0, 1 it went wrong, 2 it was misused, 130 interrupted."""
+    for file in filter(None, (sys.stdout, sys.stderr)):
+        file.reconfigure(errors="replace")
+    if {"-h", "--help"} & set(arguments):
+        print(HELP, end="")
+        return 0
+    try:
+        interactive, options = parse_arguments(arguments)
     except ValueError as error:
-        print(f"gpt2.py: {error}", file=sys.stderr)
+        complain(error)
         return 2
     try:
-        print(main(**chosen))
-    except (ValueError, OSError, ImportError, KeyError) as error:
-        print(f"gpt2.py: {error}", file=sys.stderr)
-        return 1
+        if (prompt := options.pop("prompt")) == "-":
+            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        from utils import load_encoder_hparams_and_params
+
+        model = load_encoder_hparams_and_params(options.pop("model_size"), options.pop("models_dir"))
+        if interactive:
+            answer_prompts(model, options)
+        else:
+            show(continuation(prompt, model, **options))
+    except BrokenPipeError:  # whoever reads has enough
+        return 0
     except KeyboardInterrupt:
         return 130
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        complain(error)
+        return 1
+    finally:
+        try:
+            sys.stdout.flush()
+        except (OSError, AttributeError):  # nobody is there to read the rest, nor to be told at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 0
 
 

@@ -228,13 +228,13 @@ def test_the_exact_bound_of_the_context(model):
     params, n_head, ids, logits, _ = model
     n_ctx = len(ids)
     assert gpt2.generate(ids, params, n_head, 1) == [int(logits[-1].argmax())]
-    with pytest.raises(ValueError, match=f"{n_ctx} prompt tokens and 2 new ones .* {n_ctx + 1}"):
+    with pytest.raises(ValueError, match=f"{n_ctx} tokens and 2 new ones .* {n_ctx + 1} in all"):
         gpt2.generate(ids, params, n_head, 2)
 
 
 @pytest.mark.parametrize(
     ("prompt", "n", "message"),
-    [([], 1, "0 tokens"), ([-1], 1, "id -1,"), ([3, 10**6], 1, "id 1000000,.* 50 tokens"), ([1], -1, "-1")],
+    [([], 1, "0 token ids"), ([-1], 1, "-1 is"), ([3, 10**6], 1, "1000000 is .* 50 tokens"), ([1], -1, "is -1")],
 )
 def test_bad_arguments_are_named(prompt, n, message):
     params = nested(REFERENCE_MODELS["one_layer"])
