@@ -1,4 +1,4 @@
-"""Make tests/reference.npz: what transformers' GPT2LMHeadModel (torch, float32) answers for small random models.
+"""Make tests/reference.npz: what transformers (torch, float32) answers for small random models, and draws from.
 
     pip install torch transformers && python tests/make_reference.py
 
@@ -8,7 +8,7 @@ The models are those of helpers.random_variables, so that only their answers nee
 from pathlib import Path
 
 import numpy as np
-from helpers import REFERENCE_MODELS, random_variables
+from helpers import REFERENCE_MODELS, WARPS, random_variables
 
 
 def torch_model(hparams, variables):
@@ -51,10 +51,25 @@ def greedy(model, ids, n):
     return ids[len(ids) - n :]
 
 
+def warped(logits, temperature, top_k, top_p):
+    """The probabilities that transformers draws with, after its logits warpers in OpenAI's order."""
+    import torch
+    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    scores = TemperatureLogitsWarper(temperature)(None, torch.from_numpy(logits)[None])
+    scores = TopKLogitsWarper(top_k)(None, scores) if top_k else scores
+    scores = TopPLogitsWarper(top_p)(None, scores) if top_p < 1 else scores
+    return torch.softmax(scores[0], -1).numpy()
+
+
 def main():
     import torch
 
-    results = {}
+    rng = np.random.RandomState(2)
+    results = {"warped/logits": (3 * rng.standard_normal((len(WARPS), 500))).astype(np.float32)}
+    results["warped/probs"] = np.stack(
+        [warped(row, *options) for row, options in zip(results["warped/logits"], WARPS, strict=True)]
+    )
     with torch.no_grad():
         for name, hparams in REFERENCE_MODELS.items():
             model = torch_model(hparams, random_variables(hparams))
