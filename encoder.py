@@ -16,6 +16,7 @@ import heapq
 import json
 import operator
 import os
+import sys
 from itertools import chain, pairwise
 
 import regex
@@ -23,7 +24,7 @@ import regex
 # A word: an English contraction, or letters, or digits, or other signs, each with at most one space before it, or
 # white space (which leaves its last space to the word that follows). The ++ never give back what they took; that
 # changes no match, only the time.
-WORD = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
+WORD = regex.compile(r" ?\p{L}++|'(?:[sdmt]|ll|ve|re)| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
 
 # The character that stands for each of the 256 bytes: its own where Latin-1 prints one, else the next from U+0100.
 # GPT-2 lists the printable ones first, so in its order the characters ascend. For Python this is a codec.
@@ -32,22 +33,23 @@ _OTHERS = iter(range(256, 512))
 BYTE_CHARS = "".join(chr(byte if byte in _PRINTABLE else next(_OTHERS)) for byte in range(256))
 _CHAR_BYTES = codecs.charmap_build(BYTE_CHARS)
 
+_NO_RANK = sys.maxsize
 _CACHE_WORDS, _CACHE_WORD_CHARS = 2**17, 64  # what is remembered at most: so many words, none longer
 
 
-class _Memo(dict):
-    """A dict that computes what it is asked for, and forgets everything rather than exceed its bound."""
+class _WordIds(dict):
+    """{word: its ids}, computed when first asked for; forgets everything rather than grow beyond its bound."""
 
     def __init__(self, compute):
         self.compute = compute
 
-    def __missing__(self, key):
-        value = self.compute(key)
+    def __missing__(self, word):
+        ids = self.compute(word)
         if len(self) >= _CACHE_WORDS:
             self.clear()
-        if not isinstance(key, str) or len(key) <= _CACHE_WORD_CHARS:
-            self[key] = value
-        return value
+        if len(word) <= _CACHE_WORD_CHARS:
+            self[word] = ids
+        return ids
 
 
 class Encoder:
@@ -67,18 +69,32 @@ class Encoder:
         self.decoder = {id: token for token, id in encoder.items()}
         self.errors = errors
         self.bpe_ranks = {pair: rank for rank, pair in enumerate(bpe_merges)}
-        self._word_ids = _Memo(self._encode_word)
-        self._token_bytes = _Memo(self._decode_token)
+        self._word_ids = _WordIds(self._encode_word)
+        self._pieces = {None: ""}  # {id: the token's bytes, as Latin-1: to join them is much faster than to join bytes}
 
     def bpe(self, chars: str) -> list[str]:
-        """Join a word's characters (of BYTE_CHARS) into tokens, in O(n log n) for n characters.
+        """Join a word's characters (of BYTE_CHARS) into tokens: again and again the pair that ranks first, leftmost."""
+        if len(chars) > 100:
+            return self._bpe_of_many(chars)
+        tokens, rank = list(chars), self.bpe_ranks.get
+        ranks = [rank(pair, _NO_RANK) for pair in pairwise(tokens)]
+        while ranks and (least := min(ranks)) < _NO_RANK:
+            i = ranks.index(least)
+            tokens[i] += tokens.pop(i + 1)
+            del ranks[i]
+            if i < len(ranks):
+                ranks[i] = rank((tokens[i], tokens[i + 1]), _NO_RANK)
+            if i > 0:
+                ranks[i - 1] = rank((tokens[i - 1], tokens[i]), _NO_RANK)
+        return tokens
 
-        The tokens form a chain, so that a join is a change of its two ends; a heap gives the pair to join next, the
-        leftmost of the first in rank. What it gives may be out of date: a pair that was broken by another join.
+    def _bpe_of_many(self, chars: str) -> list[str]:
+        """Do the same in O(n log n) for n characters, where looking for the least rank each time would take O(n^2).
+
+        A heap gives the pair to join next. It may be out of date: of a token that another join has taken.
         """
-        tokens, n = list(chars), len(chars)
-        before, after = list(range(-1, n - 1)), list(range(1, n + 1))
-        ranks = self.bpe_ranks
+        tokens, ranks, n = list(chars), self.bpe_ranks, len(chars)
+        before, after = list(range(-1, n - 1)), list(range(1, n + 1))  # of a joined token, only the first place counts
         heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in ranks]
         heapq.heapify(heap)
         while heap:
@@ -88,25 +104,19 @@ class Encoder:
                 continue
             tokens[left] += tokens[right]
             tokens[right] = ""
-            end = after[left] = after[right]
-            if end < n:
-                before[end] = left
-                if (pair := (tokens[left], tokens[end])) in ranks:
-                    heapq.heappush(heap, (ranks[pair], left))
-            start = before[left]
-            if start >= 0 and (pair := (tokens[start], tokens[left])) in ranks:
-                heapq.heappush(heap, (ranks[pair], start))
+            after[left] = after[right]
+            if after[left] < n:
+                before[after[left]] = left
+            for start, end in (before[left], left), (left, after[left]):
+                if start >= 0 and end < n and (pair := (tokens[start], tokens[end])) in ranks:
+                    heapq.heappush(heap, (ranks[pair], start))
         return [token for token in tokens if token]
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         chars = codecs.charmap_decode(word.encode("utf-8"), "strict", BYTE_CHARS)[0]
+        if chars in self.encoder:  # as tiktoken does; the merges would lead there, too
+            return (self.encoder[chars],)
         return tuple([self.encoder[token] for token in self.bpe(chars)])
-
-    def _decode_token(self, id: int) -> bytes:
-        try:
-            return codecs.charmap_encode(self.decoder[id], "strict", _CHAR_BYTES)[0]
-        except KeyError:
-            raise ValueError(f"token id {id!r} is not in the vocabulary of {len(self.decoder)} tokens") from None
 
     def encode(self, text: str) -> list[int]:
         """Turn any text into token ids; `<|endoftext|>` in it is ordinary text.
@@ -121,7 +131,16 @@ class Encoder:
 
     def decode(self, ids: list[int]) -> str:
         """Turn token ids into text, the inverse of `encode`. Raises ValueError for an id that is not there."""
-        return b"".join(map(self._token_bytes.__getitem__, ids)).decode("utf-8", self.errors)
+        look_up = operator.itemgetter(*ids, None, None)  # the fastest way, which takes two or more
+        try:
+            pieces = look_up(self._pieces)
+        except KeyError:
+            for id in set(ids) - self._pieces.keys():
+                if id not in self.decoder:
+                    raise ValueError(f"{id!r} is no token id: the vocabulary has {len(self.decoder)} tokens") from None
+                self._pieces[id] = codecs.charmap_encode(self.decoder[id], "strict", _CHAR_BYTES)[0].decode("latin-1")
+            pieces = look_up(self._pieces)
+        return "".join(pieces).encode("latin-1").decode("utf-8", self.errors)
 
 
 def _token_order(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> None:

@@ -15,30 +15,54 @@ import sys
 
 import numpy as np
 
-CHUNK = 256  # tokens of a prompt that are computed at once: enough for the BLAS, few enough for the CPU's caches
+# Many positions are computed in pieces: enough of them for the BLAS, few enough for the CPU's caches.
+PROMPT_ROWS, ATTENTION_ROWS = 256, 64
+
+
+# A function may work in place (+=) on arrays that it made itself, never on its arguments.
 
 
 def gelu(x):
-    """Gaussian error linear unit, in the tanh approximation (Hendrycks & Gimpel, 2016). Any shape."""
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+    """Gaussian error linear unit, in the tanh approximation (Hendrycks & Gimpel, 2016), any shape:
+
+    0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))
+    """
+    y = x * x
+    y *= 0.044715
+    y += 1.0
+    y *= x
+    y *= math.sqrt(2 / math.pi)
+    np.tanh(y, out=y)
+    y += 1.0
+    y *= x
+    y *= 0.5
+    return y
 
 
 def softmax(x):
     """exp(x) / sum(exp(x)) over the last axis, any shape; the largest x is taken off so that no exp overflows."""
-    exp_x = np.exp(x - np.max(x, axis=-1, keepdims=True))
-    return exp_x / np.sum(exp_x, axis=-1, keepdims=True)
+    y = x - x.max(axis=-1, keepdims=True)
+    np.exp(y, out=y)
+    y /= y.sum(axis=-1, keepdims=True)
+    return y
 
 
 def layer_norm(x, g, b, eps=1e-5):
     """Layer normalization (Ba et al., 2016) of x [..., n_embd] over its last axis, with gain g and bias b [n_embd]."""
-    centred = x - np.mean(x, axis=-1, keepdims=True)
-    variance = np.mean(centred * centred, axis=-1, keepdims=True)
-    return centred / np.sqrt(variance + eps) * g + b
+    n_embd = x.shape[-1]
+    y = x - x.sum(axis=-1, keepdims=True) / n_embd
+    variance = (y * y).sum(axis=-1, keepdims=True) / n_embd
+    y /= np.sqrt(variance + eps)
+    y *= g
+    y += b
+    return y
 
 
 def linear(x, w, b):
-    """[..., n_in] -> [..., n_out], with w [n_in, n_out] and b [n_out]."""
-    return (x.reshape(-1, w.shape[0]) @ w + b).reshape(*x.shape[:-1], -1)  # as one matrix, for one call of the BLAS
+    """x @ w + b: [..., n_in] -> [..., n_out], with w [n_in, n_out] and b [n_out]."""
+    y = x.reshape(-1, x.shape[-1]) @ w  # all rows at once
+    y += b
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def ffn(x, c_fc, c_proj):
@@ -46,17 +70,21 @@ def ffn(x, c_fc, c_proj):
     return linear(gelu(linear(x, **c_fc)), **c_proj)
 
 
-def attention(q, k, v, mask):
-    """Scaled dot-product attention ("Attention Is All You Need", Vaswani et al., 2017, section 3.2.1).
+def attention(q, k, v, mask=None):
+    """Scaled dot-product attention: softmax(q @ k.T / sqrt(d_head) + mask) @ v.
 
-    q [..., n_seq, d_head], k and v [..., n_kv, d_head], mask [n_seq, n_kv] added to the scores -> [..., n_seq, d_head]
+    q [..., n_seq, d_head], k and v [..., n_kv, d_head] -> [..., n_seq, d_head]. mask [n_seq, m] is for the last m keys.
+    "Attention Is All You Need" (Vaswani et al., 2017), section 3.2.1.
     """
-    return softmax(q @ np.swapaxes(k, -1, -2) / math.sqrt(q.shape[-1]) + mask) @ v
+    scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.swapaxes(-1, -2)  # [..., n_seq, n_kv]
+    if mask is not None:
+        scores[..., -mask.shape[-1] :] += mask
+    return softmax(scores) @ v
 
 
-def causal_mask(n_seq, n_kv):
-    """[n_seq, n_kv]: 0 where a query may look, -1e10 at the keys after it. The last query sees the last key."""
-    return np.triu(np.full((n_seq, n_kv), -1e10, dtype=np.float32), k=1 + n_kv - n_seq)
+def causal_mask(n_seq):
+    """[n_seq, n_seq] to add to scores: 0 where the key is not later than the query, -1e10 where it is."""
+    return np.triu(np.full((n_seq, n_seq), -1e10, np.float32), k=1)
 
 
 class KVCache:
@@ -80,14 +108,20 @@ def mha(x, c_attn, c_proj, n_head, past=None):
     """Causal multi-head self-attention: [..., n_seq, n_embd] -> the same. past: one layer of a KVCache, added to."""
     *batch, n_seq, n_embd = x.shape
     qkv = linear(x, **c_attn).reshape(*batch, n_seq, 3, n_head, n_embd // n_head)
-    q, k, v = np.moveaxis(qkv, (-3, -2), (0, -3))  # each [..., n_head, n_seq, d_head]
+    q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # each [..., n_head, n_seq, d_head]
+    n_past = 0
     if past is not None:
         past_k, past_v, n_past = past
-        past_k[..., n_past : n_past + n_seq, :] = k
-        past_v[..., n_past : n_past + n_seq, :] = v
+        past_k[..., n_past : n_past + n_seq, :], past_v[..., n_past : n_past + n_seq, :] = k, v
         k, v = past_k[..., : n_past + n_seq, :], past_v[..., : n_past + n_seq, :]  # [..., n_head, n_kv, d_head]
-    heads = attention(q, k, v, causal_mask(n_seq, k.shape[-2]))  # [..., n_head, n_seq, d_head]
-    return linear(np.swapaxes(heads, -2, -3).reshape(x.shape), **c_proj)
+    y = np.empty_like(x)
+    heads = y.reshape(*batch, n_seq, n_head, -1).swapaxes(-2, -3)  # a view: what the heads give stands side by side
+    for start in range(0, n_seq, ATTENTION_ROWS):
+        end = min(start + ATTENTION_ROWS, n_seq)
+        mask = causal_mask(end - start) if end - start > 1 else None
+        seen = slice(0, n_past + end)
+        heads[..., start:end, :] = attention(q[..., start:end, :], k[..., seen, :], v[..., seen, :], mask)
+    return linear(y, **c_proj)
 
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, past=None):
@@ -117,7 +151,8 @@ def hidden_states(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
 
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
     """Logits of the token after each: ids [..., n_seq] -> float32 [..., n_seq, n_vocab]. See hidden_states."""
-    return hidden_states(inputs, wte, wpe, blocks, ln_f, n_head, cache) @ wte.T
+    x = hidden_states(inputs, wte, wpe, blocks, ln_f, n_head, cache)
+    return (x.reshape(-1, x.shape[-1]) @ wte.T).reshape(*x.shape[:-1], -1)
 
 
 def log_probs(ids, params, n_head):
@@ -227,8 +262,8 @@ def stream(
             return
         n_kv = len(inputs) + n_tokens_to_generate - 1
         cache = KVCache(params, n_head, n_kv, batch=(1,))
-        for start in range(0, len(inputs), CHUNK):
-            x = hidden_states([inputs[start : start + CHUNK]], **params, n_head=n_head, cache=cache)
+        for start in range(0, len(inputs), PROMPT_ROWS):
+            x = hidden_states([inputs[start : start + PROMPT_ROWS]], **params, n_head=n_head, cache=cache)
         if len(rngs) > 1:  # one prompt for all samples
             prompt, cache = cache, KVCache(params, n_head, n_kv, batch=(len(rngs),))
             cache.n_past = n = prompt.n_past

@@ -220,7 +220,8 @@ def test_greedy_ids_are_those_of_transformers(model):
 
 def test_a_prompt_in_chunks_gives_the_same_ids(model, monkeypatch):
     params, n_head, ids, _, greedy = model
-    monkeypatch.setattr(gpt2, "CHUNK", 2)
+    monkeypatch.setattr(gpt2, "PROMPT_ROWS", 3)
+    monkeypatch.setattr(gpt2, "ATTENTION_ROWS", 2)
     assert gpt2.generate(ids[:5], params, n_head, 10) == greedy[:10]
 
 
