@@ -36,7 +36,7 @@ FILES = {
 }
 IN_EVERY_SIZE = ("encoder.json", "vocab.bpe")
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 18  # requests hands over whole ones: an interruption loses up to so much
 TIMEOUT = (4, 10)  # seconds to connect, and between two pieces of an answer
 PATIENCE = 8  # seconds after which a server that has not answered yet is not asked again
 RETRIES = 4  # after as many failures in a row that brought nothing new, the next is the last
@@ -90,10 +90,12 @@ def download_gpt2_files(model_size: str, model_dir: str) -> None:
     with _alone_in(model_dir), requests.Session() as session:
         if base_url.startswith("https://"):
             del session.adapters["http://"]  # so that no redirect leaves https
-        for name in _missing_files(model_dir):
+        for name in FILES:
             known = verified and (model_size == "124M" or name in IN_EVERY_SIZE)
             path = os.path.join(model_dir, name)
-            _fetch(session, f"{base_url}/{model_size}/{name}", path, sha256=FILES[name] if known else None)
+            if not os.path.isfile(path):
+                _fetch(session, f"{base_url}/{model_size}/{name}", path, sha256=FILES[name] if known else None)
+            _discard(path + ".part")
 
 
 def _missing_files(model_dir: str) -> list[str]:
@@ -115,6 +117,8 @@ def _alone_in(folder: str):
         except BlockingIOError:
             print(f"waiting for another download into {folder}", file=sys.stderr)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
         yield
     finally:
         os.close(descriptor)
@@ -129,6 +133,10 @@ def _fetch(session, url: str, path: str, sha256: str | None) -> None:
         try:
             md5 = _request(session, url, part)
             break
+        except OSError as error:
+            if error.errno and not error.filename:  # a write that fails when the file is closed does not say where
+                error.filename = part
+            raise
         except _Retry as error:
             answered = answered or error.wait is not None or _size(part) > size
             failures = 0 if _size(part) > size else failures + 1
@@ -141,7 +149,6 @@ def _fetch(session, url: str, path: str, sha256: str | None) -> None:
             _discard(part)
             raise ConnectionError(f"{url} is damaged or another file: its {algorithm} is {found}, not {expected}")
     os.replace(part, path)
-    _discard(part)
 
 
 def _request(session, url: str, part: str) -> str | None:
@@ -151,10 +158,12 @@ def _request(session, url: str, part: str) -> str | None:
     """
     import requests
 
-    offset, version, headers = _size(part), None, {"Accept-Encoding": "identity"}
+    # The last byte once more: then there is something to ask for, and an answer to check, if part lacks nothing.
+    offset, version, headers = max(_size(part) - 1, 0), None, {"Accept-Encoding": "identity"}
     if offset and os.path.isfile(part + ".version"):
         with open(part + ".version", encoding="latin-1") as file:
             version = file.read()
+    if version:
         headers |= {"Range": f"bytes={offset}-", "If-Range": version}
     try:
         with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
@@ -164,17 +173,21 @@ def _request(session, url: str, part: str) -> str | None:
                 if _version(response):
                     with open(part + ".version", "w", encoding="latin-1") as file:
                         file.write(_version(response))
+            else:
+                os.truncate(part, offset)
             _append(response.iter_content(CHUNK_BYTES), part, length)
-            md5 = response.headers.get("x-ms-blob-content-md5") or response.headers.get("Content-MD5")
-    except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL, requests.TooManyRedirects) as error:
+            md5 = response.headers.get("x-ms-blob-content-md5")
+            if response.status_code == 200:  # that of a 206 is of the rest only (RFC 2616, 14.15)
+                md5 = md5 or response.headers.get("Content-MD5")
+            md5 = base64.b64decode(md5).hex() if md5 else None
+    except (requests.TooManyRedirects, ValueError) as error:  # ValueError: an address or a header that makes no sense
         raise ConnectionError(f"cannot download {url}: {error}") from None
     except requests.RequestException as error:
-        while error.__context__:
-            error = error.__context__
-        raise _Retry(str(error) or type(error).__name__, wait=None) from None
+        inner = error.args[0] if error.args else error
+        raise _Retry(str(getattr(inner, "reason", inner)), wait=None) from None
     if length not in (None, _size(part)):
         raise _Retry(f"{_size(part)} bytes came of {length}")
-    return base64.b64decode(md5).hex() if md5 else None
+    return md5
 
 
 def _expected_length(response, url: str, part: str, offset: int, version: str | None) -> int | None:
@@ -217,12 +230,8 @@ def _append(chunks, part: str, length: int | None) -> None:
         tqdm(desc=name, initial=done, total=length, unit="B", unit_scale=True, disable=None) as bar,
     ):
         for chunk in chunks:
-            try:
-                file.write(chunk)
-                file.flush()
-            except OSError as error:
-                error.filename = part
-                raise
+            file.write(chunk)
+            file.flush()
             bar.update(len(chunk))
         os.fsync(file.fileno())
 

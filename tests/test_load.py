@@ -306,10 +306,10 @@ def test_a_folder_that_cannot_be_written(model_dir):
     model_dir.chmod(0o755)
 
 
-def test_a_record_that_cannot_be_written_is_done_without(model_dir, monkeypatch):
-    monkeypatch.setattr(utils.os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no")))
-    assert_params(load(model_dir)[2])
-    assert not list(model_dir.glob("*.layout.json*"))
+def test_a_record_that_cannot_be_written_is_done_without(model_dir):
+    (model_dir / RECORD).mkdir()
+    for _ in range(2):
+        assert_params(load(model_dir)[2])
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../small", "a/b", "a\\b", "/tmp", "C:", "a\0b"])
