@@ -11,9 +11,11 @@ threads (2 unless told otherwise) and float32. A figure is the median over the t
 """
 
 import argparse
+import concurrent.futures
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -24,7 +26,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from helpers import BYTE_TO_CHAR, ROOT, SHARED, random_variables, write_model, write_vocabulary
+from helpers import ROOT, SHARED, random_variables, write_model
 
 SIZES = {
     "124M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12},
@@ -236,8 +238,14 @@ def prepare(folder, size, hparams, model_dir, peers):
             convert_for_transformers(target, hparams, variables)
         if "llama.cpp" in peers:
             convert_for_llama_cpp(target, hparams, variables)
-    subprocess.run([*command_of("npGPT", target, 1)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run_command(command_of("npGPT", target, 1), 2)
     return target
+
+
+def apart(function, *arguments):
+    """Call it in a process of its own. The memory that Linux reports of a child begins with its parent's."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def real_vocabulary(model_dir):
@@ -404,7 +412,7 @@ def measure_loading(figures, model_dir, size, rounds):
 
 ENCODE = """
 import json, sys, time
-who, folder, name, path, repeat = sys.argv[1:]
+who, folder, name, path = sys.argv[1:]
 text = open(path, encoding="utf-8").read()
 if who == "npGPT":
     from encoder import get_encoder
@@ -415,7 +423,7 @@ else:
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     ranks = data_gym_to_mergeable_bpe_ranks(f"{folder}/{name}/vocab.bpe", f"{folder}/{name}/encoder.json")
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\\p{L}++| ?\\p{N}++| ?[^\\s\\p{L}\\p{N}]++|\\s++$|\\s+(?!\\S)|\\s"
-    coder = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
+    coder = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     encode, decode = coder.encode_ordinary, coder.decode
 def timed(function, argument):
     start = time.perf_counter()
@@ -448,7 +456,7 @@ def measure_encoder(figures, vocabulary, folder, rounds, quick):
         results = {who: [] for who in peers}
         for _ in range(rounds):
             for who in peers:
-                command = [sys.executable, "-c", ENCODE, who, str(vocabulary.parent), vocabulary.name, str(path), "1"]
+                command = [sys.executable, "-c", ENCODE, who, str(vocabulary.parent), vocabulary.name, str(path)]
                 results[who].append([float(x) for x in subprocess.check_output(command, cwd=ROOT, text=True).split()])
         for i, (what, unit) in enumerate((("cold", "MB/s"), ("warm", "MB/s"))):
             for who, values in results.items():
@@ -464,7 +472,8 @@ def measure_encoder(figures, vocabulary, folder, rounds, quick):
 def machine(threads):
     model = platform.processor()
     if os.path.exists("/proc/cpuinfo"):
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         model = f"{names[0]}, {len(names)} cores" if names else model
     packages = ["numpy", "torch", "transformers", "llama-cpp-python", "tiktoken"]
     versions = {"python": platform.python_version()}
@@ -533,13 +542,13 @@ def main():
     figures = Figures()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        model_dir = prepare(folder, first, hparams, args.model_dir, engines[1:])
+        model_dir = apart(prepare, folder, first, hparams, args.model_dir, engines[1:])
         measure_model(figures, model_dir, first, hparams, engines, rounds, args.threads)
         measure_commands(figures, model_dir, first, engines, rounds, args.threads)
         measure_loading(figures, model_dir, first, rounds)
         measure_encoder(figures, real_vocabulary(args.model_dir) or model_dir, folder, rounds, args.quick)
         for size in filter(None, args.sizes.split(",")):
-            model_dir = prepare(folder, size, SIZES[size], None, [])
+            model_dir = apart(prepare, folder, size, SIZES[size], None, [])
             measure_model(figures, model_dir, size, SIZES[size], ["npGPT"], min(rounds, 3), args.threads)
             measure_commands(figures, model_dir, size, ["npGPT"], 1, args.threads)
             for path in model_dir.iterdir():
