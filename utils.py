@@ -142,7 +142,7 @@ def _fetch(session, url: str, path: str, sha256: str | None) -> None:
             failures = 0 if _size(part) > size else failures + 1
             size = max(size, _size(part))
             if failures > RETRIES or (not answered and time.monotonic() - started > PATIENCE):
-                raise ConnectionError(f"cannot download {url}: {error}") from None
+                raise ConnectionError(f"cannot download {url}: {error}; --model_size tiny needs no network") from None
             time.sleep(max(error.wait or 0, BACKOFF * 2 ** max(failures - 1, 0)))
     for algorithm, expected in ("md5", md5), ("sha256", sha256):
         if expected and (found := _digest(part, algorithm)) != expected:

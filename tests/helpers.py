@@ -22,6 +22,7 @@ REFERENCE_MODELS = {  # sizes at which the wrong axis, head or layer order would
     "one_layer": {"n_vocab": 50, "n_ctx": 16, "n_embd": 8, "n_head": 1, "n_layer": 1},
     "eleven_layers": {"n_vocab": 60, "n_ctx": 24, "n_embd": 10, "n_head": 5, "n_layer": 11},
 }
+TINY_PROMPT = [813, 25, 198, 467, 357, 350]  # "ROMEO:\nWhat light" in the vocabulary of models/tiny
 WARPS = [  # temperature, top_k, top_p
     *((1.0, 0, 1.0), (0.7, 0, 1.0), (2.5, 0, 1.0), (0.01, 0, 0.5), (50.0, 0, 0.9)),
     *((1.0, 1, 1.0), (1.0, 40, 1.0), (1.0, 499, 1.0), (1.0, 1000, 1.0)),

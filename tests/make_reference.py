@@ -1,14 +1,15 @@
-"""Make tests/reference.npz: what transformers (torch, float32) answers for small random models, and draws from.
+"""Make tests/reference.npz: what transformers (torch, float32) answers for small models, and draws from.
 
     pip install torch transformers && python tests/make_reference.py
 
-The models are those of helpers.random_variables, so that only their answers need to be stored.
+The models are those of helpers.random_variables, and models/tiny, so that only their answers need to be stored.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
-from helpers import REFERENCE_MODELS, WARPS, random_variables
+from helpers import REFERENCE_MODELS, TINY_PROMPT, WARPS, random_variables
 
 
 def torch_model(hparams, variables):
@@ -62,6 +63,16 @@ def warped(logits, temperature, top_k, top_p):
     return torch.softmax(scores[0], -1).numpy()
 
 
+def tiny_model():
+    """hparams and variables of models/tiny, read by TensorFlow."""
+    import tensorflow as tf
+
+    folder = Path(__file__).parent.parent / "models" / "tiny"
+    reader = tf.train.load_checkpoint(str(folder / "model.ckpt"))
+    hparams = json.loads((folder / "hparams.json").read_text())
+    return hparams, {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+
+
 def main():
     import torch
 
@@ -78,6 +89,11 @@ def main():
             results[f"{name}/ids"] = ids.astype(np.int32)
             results[f"{name}/logits"] = model(torch.from_numpy(ids)[None]).logits[0].numpy()
             results[f"{name}/greedy"] = np.array(greedy(model, ids[:5], hparams["n_ctx"] + 1 - 5), dtype=np.int32)
+        hparams, variables = tiny_model()
+        model = torch_model(hparams, variables)
+        results["tiny/ids"] = np.array(TINY_PROMPT, np.int32)
+        results["tiny/greedy"] = np.array(greedy(model, TINY_PROMPT, 100), np.int32)
+        results["tiny/logits"] = model(torch.tensor([TINY_PROMPT])).logits[0].numpy()
     np.savez_compressed(Path(__file__).parent / "reference.npz", **results)
 
 

@@ -40,6 +40,17 @@ def assert_params(params, hparams=SMALL_HPARAMS, seed=0):
         assert array.ndim == (1 if name.endswith(("/b", "/g")) else 2)
 
 
+def assert_equal_to_tensorflow(prefix, params):
+    """The parameters are, bit for bit, what TensorFlow reads from the checkpoint."""
+    import tensorflow as tf
+
+    reader = tf.train.load_checkpoint(str(prefix))
+    found = flat(params)
+    assert found.keys() == reader.get_variable_to_shape_map().keys()
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, reader.get_tensor(name).reshape(array.shape))
+
+
 @pytest.fixture
 def model_dir(small_model, tmp_path):
     """A copy of the small model to do anything with, in a models_dir of its own; not loaded yet."""
