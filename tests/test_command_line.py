@@ -6,6 +6,7 @@ import inspect
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -252,13 +253,16 @@ def at_terminal(arguments, talk):
         [sys.executable, str(ROOT / "gpt2.py"), *arguments], stdin=end, stdout=end, stderr=end, start_new_session=True
     )
     os.close(end)
-    shown = b""
+    shown, position = b"", 0
 
     def wait_for(text):
-        nonlocal shown
-        start = len(shown)
-        while text not in shown[start:]:
+        """Read until text comes, after what was waited for before."""
+        nonlocal shown, position
+        while text not in shown[position:]:
+            ready, _, _ = select.select([terminal], [], [], 60)
+            assert ready, f"{text} did not come: {shown}"
             shown += os.read(terminal, 1000)
+        position = shown.index(text, position) + len(text)
 
     talk(lambda data: os.write(terminal, data), wait_for, process)
     try:
