@@ -185,7 +185,7 @@ def token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
         probs[logits < np.partition(logits, -top_k)[-top_k]] = 0
     if top_p < 1:
         descending = np.sort(probs)[::-1]
-        shares = np.cumsum(descending, dtype=np.float64)  # thousands of small terms
+        shares = np.cumsum(descending.astype(np.float64))  # thousands of small terms
         probs[probs < descending[np.searchsorted(shares, top_p * shares[-1])]] = 0
     return probs / np.sum(probs)
 
@@ -194,7 +194,7 @@ def sample(logits, rng, temperature=1.0, top_k=0, top_p=1.0):
     """Draw the next token from logits [n_vocab] with a NumPy Generator -> its id. Temperature 0: the likeliest."""
     if temperature == 0:
         return int(np.argmax(logits))
-    shares = np.cumsum(token_probs(logits, temperature, top_k, top_p), dtype=np.float64)
+    shares = np.cumsum(token_probs(logits, temperature, top_k, top_p).astype(np.float64))
     return int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))
 
 
