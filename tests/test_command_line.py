@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from helpers import ROOT, random_variables, save_variables, write_model
@@ -282,6 +283,7 @@ def test_interactive(models_dir):
         send(b"x" * 40 + b"\n")
         wait_for(b"33 in all")
         wait_for(b"> ")
+        time.sleep(0.5)  # readline shows its prompt shortly before it heeds signals
         process.send_signal(signal.SIGINT)
         wait_for(b"> ")
         send(b"\x04")
