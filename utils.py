@@ -76,7 +76,7 @@ def download_gpt2_files(model_size: str, model_dir: str) -> None:
     """
     if model_size not in MODEL_SIZES:
         raise ValueError(f"no model {model_size!r} is published, only {', '.join(MODEL_SIZES)}")
-    if not _missing_files(model_dir):
+    if all(os.path.isfile(os.path.join(model_dir, name)) for name in FILES):
         return
     import requests
 
@@ -96,10 +96,6 @@ def download_gpt2_files(model_size: str, model_dir: str) -> None:
             if not os.path.isfile(path):
                 _fetch(session, f"{base_url}/{model_size}/{name}", path, sha256=FILES[name] if known else None)
             _discard(path + ".part")
-
-
-def _missing_files(model_dir: str) -> list[str]:
-    return [name for name in FILES if not os.path.isfile(os.path.join(model_dir, name))]
 
 
 @contextlib.contextmanager
