@@ -16,8 +16,11 @@ import sys
 import numpy as np
 
 # Many positions are computed in pieces: enough of them for the BLAS, few enough for the CPU's caches.
-PROMPT_ROWS, ATTENTION_ROWS = 256, 64
+PROMPT_ROWS, ATTENTION_ROWS = 512, 128
 
+# glibc hands freed memory back to the system, to be zeroed again at the next use, where more of it lies free than twice
+# the largest array freed so far. After this one the model's temporaries stay.
+np.empty(32_000_000, np.uint8)
 
 # A function may work in place (+=) on arrays that it made itself, never on its arguments.
 
@@ -28,10 +31,9 @@ def gelu(x):
     0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))
     """
     y = x * x
-    y *= 0.044715
-    y += 1.0
+    y *= 0.044715 * math.sqrt(2 / math.pi)
+    y += math.sqrt(2 / math.pi)
     y *= x
-    y *= math.sqrt(2 / math.pi)
     np.tanh(y, out=y)
     y += 1.0
     y *= x
@@ -60,9 +62,11 @@ def layer_norm(x, g, b, eps=1e-5):
 
 def linear(x, w, b):
     """x @ w + b: [..., n_in] -> [..., n_out], with w [n_in, n_out] and b [n_out]."""
-    y = x.reshape(-1, x.shape[-1]) @ w  # all rows at once
+    if x.ndim > 2:  # all sequences at once, or w would be read for each
+        return linear(x.reshape(-1, x.shape[-1]), w, b).reshape(*x.shape[:-1], -1)
+    y = x @ w
     y += b
-    return y.reshape(*x.shape[:-1], -1)
+    return y
 
 
 def ffn(x, c_fc, c_proj):
@@ -79,7 +83,11 @@ def attention(q, k, v, mask=None):
     scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.swapaxes(-1, -2)  # [..., n_seq, n_kv]
     if mask is not None:
         scores[..., -mask.shape[-1] :] += mask
-    return softmax(scores) @ v
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    y = scores @ v
+    y /= scores.sum(axis=-1, keepdims=True)  # the division of softmax, of fewer numbers here
+    return y
 
 
 def causal_mask(n_seq):
@@ -91,59 +99,69 @@ class KVCache:
     """The keys and values of the tokens that a model has seen, so that it need not see them again.
 
     params, n_head: the model's; n_max: how many tokens it can hold, n_ctx unless told otherwise; batch: the shape of
-    the leading axes. k and v are [n_layer, ..., n_head, n_max, d_head] float32, and hold n_past tokens.
+    the leading axes. kv is [n_layer, ..., n_head, 2, n_max, d_head] float32, and holds n_past tokens.
     """
 
     def __init__(self, params, n_head, n_max=None, batch=()):
         n_ctx, n_embd = params["wpe"].shape
-        shape = (len(params["blocks"]), *batch, n_head, n_ctx if n_max is None else n_max, n_embd // n_head)
-        self.k, self.v = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        n_max = n_ctx if n_max is None else n_max
+        self.kv = np.empty((len(params["blocks"]), *batch, n_head, 2, n_max, n_embd // n_head), np.float32)
         self.n_past = 0
 
     def __getitem__(self, layer):
-        return self.k[layer], self.v[layer], self.n_past
+        return self.kv[layer], self.n_past
 
 
-def mha(x, c_attn, c_proj, n_head, past=None):
-    """Causal multi-head self-attention: [..., n_seq, n_embd] -> the same. past: one layer of a KVCache, added to."""
+def mha(x, c_attn, c_proj, n_head, past=None, n_out=None):
+    """Causal multi-head self-attention: [..., n_seq, n_embd] -> [..., n_out, n_embd], the last n_out or all.
+
+    past: one layer of a KVCache, added to.
+    """
     *batch, n_seq, n_embd = x.shape
     qkv = linear(x, **c_attn).reshape(*batch, n_seq, 3, n_head, n_embd // n_head)
-    q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # each [..., n_head, n_seq, d_head]
-    n_past = 0
+    qkv = qkv.swapaxes(-4, -2)  # [..., n_head, 3, n_seq, d_head]
+    q, kv = qkv[..., 0, :, :], qkv[..., 1:, :, :]
     if past is not None:
-        past_k, past_v, n_past = past
-        past_k[..., n_past : n_past + n_seq, :], past_v[..., n_past : n_past + n_seq, :] = k, v
-        k, v = past_k[..., : n_past + n_seq, :], past_v[..., : n_past + n_seq, :]  # [..., n_head, n_kv, d_head]
-    y = np.empty_like(x)
-    heads = y.reshape(*batch, n_seq, n_head, -1).swapaxes(-2, -3)  # a view: what the heads give stands side by side
-    for start in range(0, n_seq, ATTENTION_ROWS):
-        end = min(start + ATTENTION_ROWS, n_seq)
+        past, n_past = past
+        past[..., n_past : n_past + n_seq, :] = kv
+        kv = past[..., : n_past + n_seq, :]
+    k, v = kv[..., 0, :, :], kv[..., 1, :, :]  # [..., n_head, n_kv, d_head]
+    if n_out:
+        q = q[..., -n_out:, :]
+    n_q, n_kv = q.shape[-2], k.shape[-2]
+    y = np.empty((*batch, n_q, n_embd), np.float32)
+    heads = y.reshape(*batch, n_q, n_head, -1).swapaxes(-3, -2)  # a view: what the heads give stands side by side
+    for start in range(0, n_q, ATTENTION_ROWS):
+        end = min(start + ATTENTION_ROWS, n_q)
+        seen = n_kv - n_q + end
         mask = causal_mask(end - start) if end - start > 1 else None
-        seen = slice(0, n_past + end)
-        heads[..., start:end, :] = attention(q[..., start:end, :], k[..., seen, :], v[..., seen, :], mask)
+        heads[..., start:end, :] = attention(q[..., start:end, :], k[..., :seen, :], v[..., :seen, :], mask)
     return linear(y, **c_proj)
 
 
-def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, past=None):
-    """One layer: attention, then the feed-forward network, each on normalized x and added to it."""
-    x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, past=past)
-    return x + ffn(layer_norm(x, **ln_2), **mlp)
+def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, past=None, n_out=None):
+    """One layer: attention, then the feed-forward network, each on normalized x and added to it. See mha."""
+    y = mha(layer_norm(x, **ln_1), **attn, n_head=n_head, past=past, n_out=n_out)
+    y += x[..., -n_out:, :] if n_out else x
+    return y + ffn(layer_norm(y, **ln_2), **mlp)
 
 
-def hidden_states(inputs, wte, wpe, blocks, ln_f, n_head, cache=None):
+def hidden_states(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, n_out=None):
     """Run the model up to its output head: ids [..., n_seq] -> float32 [..., n_seq, n_embd].
 
-    With a KVCache, inputs are the tokens that follow those in it, and are added to it.
-    Raises ValueError for more tokens than the model, or the cache, has positions.
+    With a KVCache, inputs are the tokens that follow those in it, and are added to it. n_out: give, and in the last
+    layer compute, only so many of the last positions. Raises ValueError for more tokens than the model, or the cache,
+    has positions.
     """
     inputs = np.asarray(inputs)
     n_past = cache.n_past if cache else 0
-    n_kv, n_max = n_past + inputs.shape[-1], min(len(wpe), cache.k.shape[-2]) if cache else len(wpe)
+    n_kv, n_max = n_past + inputs.shape[-1], min(len(wpe), cache.kv.shape[-2]) if cache else len(wpe)
     if n_kv > n_max:
         raise ValueError(f"{n_kv} tokens are more than the {n_max} positions there are")
     x = wte[inputs] + wpe[n_past:n_kv]
-    for layer, block in enumerate(blocks):
-        x = transformer_block(x, **block, n_head=n_head, past=cache and cache[layer])
+    for layer, block in enumerate(blocks, 1):
+        n_rows = n_out if layer == len(blocks) else None
+        x = transformer_block(x, **block, n_head=n_head, past=cache and cache[layer - 1], n_out=n_rows)
     if cache:
         cache.n_past = n_kv
     return layer_norm(x, **ln_f)
@@ -179,15 +197,19 @@ def token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     together have the share top_p (nucleus sampling, Holtzman et al., 2020). Equals of the last one in stay, too.
     """
     _check_options(temperature=temperature, top_k=top_k, top_p=top_p)
+    scaled = logits - np.max(logits)
     with np.errstate(over="ignore"):  # a low temperature takes the others to -inf, as it should
-        probs = softmax((logits - np.max(logits)) / max(temperature, 1e-30))
-    if 0 < top_k < len(probs):
-        probs[logits < np.partition(logits, -top_k)[-top_k]] = 0
+        scaled /= max(temperature, 1e-30)
+    if 0 < top_k < len(logits):
+        scaled[logits < np.partition(logits, -top_k)[-top_k]] = -np.inf
+    probs = softmax(scaled)
     if top_p < 1:
-        descending = np.sort(probs)[::-1]
-        shares = np.cumsum(descending.astype(np.float64))  # thousands of small terms
-        probs[probs < descending[np.searchsorted(shares, top_p * shares[-1])]] = 0
-    return probs / np.sum(probs)
+        candidates = probs[probs > (1 - top_p) / 2 / len(probs)]  # the others together have less than 1 - top_p
+        candidates = np.sort(candidates)[::-1]
+        shares = np.cumsum(candidates.astype(np.float64))  # thousands of small terms
+        probs[probs < candidates[np.searchsorted(shares[:-1], top_p)]] = 0
+        probs /= np.sum(probs)
+    return probs
 
 
 def sample(logits, rng, temperature=1.0, top_k=0, top_p=1.0):
@@ -261,19 +283,20 @@ def stream(
         if n_tokens_to_generate == 0:
             return
         n_kv = len(inputs) + n_tokens_to_generate - 1
-        cache = KVCache(params, n_head, n_kv, batch=(1,))
+        cache, batch = KVCache(params, n_head, n_kv), ()
         for start in range(0, len(inputs), PROMPT_ROWS):
-            x = hidden_states([inputs[start : start + PROMPT_ROWS]], **params, n_head=n_head, cache=cache)
+            x = hidden_states(inputs[start : start + PROMPT_ROWS], **params, n_head=n_head, cache=cache, n_out=1)
         if len(rngs) > 1:  # one prompt for all samples
-            prompt, cache = cache, KVCache(params, n_head, n_kv, batch=(len(rngs),))
+            prompt, batch = cache, (len(rngs),)
+            cache = KVCache(params, n_head, n_kv, batch)
             cache.n_past = n = prompt.n_past
-            cache.k[..., :n, :], cache.v[..., :n, :] = prompt.k[..., :n, :], prompt.v[..., :n, :]
+            cache.kv[..., :n, :] = prompt.kv[:, None, ..., :n, :]
         ids = [0] * len(rngs)
         for n_left in range(n_tokens_to_generate, 0, -1):
-            logits = x[:, -1] @ params["wte"].T  # [1 (the prompt's) or n_samples, n_vocab]
+            logits = x[..., -1, :] @ params["wte"].T  # [n_vocab] or [n_samples, n_vocab]
             if not np.isfinite(logits).all():
                 raise ValueError("the logits are not finite: the parameters are damaged")
-            rows = np.broadcast_to(logits, (len(rngs), logits.shape[1]))
+            rows = np.broadcast_to(logits, (len(rngs), logits.shape[-1]))
             for i, rng in enumerate(rngs):
                 if ids[i] is not None:
                     ids[i] = sample(rows[i], rng, temperature, top_k, top_p)
@@ -282,7 +305,8 @@ def stream(
                 return
             yield ids[0] if n_samples is None else list(ids)
             if n_left > 1:
-                x = hidden_states([[id or 0] for id in ids], **params, n_head=n_head, cache=cache)
+                inputs_now = np.reshape([id or 0 for id in ids], (*batch, 1))
+                x = hidden_states(inputs_now, **params, n_head=n_head, cache=cache)
 
     return steps()
 
