@@ -66,9 +66,9 @@ class Encoder:
 
     def __init__(self, encoder: dict[str, int], bpe_merges: list[tuple[str, str]], errors: str = "replace"):
         self.encoder = encoder
-        self.decoder = {id: token for token, id in encoder.items()}
+        self.decoder = dict(zip(encoder.values(), encoder, strict=True))
         self.errors = errors
-        self.bpe_ranks = {pair: rank for rank, pair in enumerate(bpe_merges)}
+        self.bpe_ranks = dict(zip(bpe_merges, range(len(bpe_merges)), strict=True))
         self._word_ids = _WordIds(self._encode_word)
         self._pieces = {None: ""}  # {id: the token's bytes, as Latin-1: to join them is much faster than to join bytes}
 
@@ -143,26 +143,25 @@ class Encoder:
         return "".join(pieces).encode("latin-1").decode("utf-8", self.errors)
 
 
-def _token_order(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> None:
-    """Raise ValueError unless bytes and merges have ascending ids, and each merge joins tokens that were there."""
-    firsts, seconds = zip(*merges, strict=True) if merges else ((), ())
-    joined = sorted(BYTE_CHARS) + list(map(operator.add, firsts, seconds))
-    try:
-        ids = list(map(vocabulary.__getitem__, joined))
-        parts = map(max, map(vocabulary.__getitem__, firsts), map(vocabulary.__getitem__, seconds))
-        ascending = map(operator.lt, map(max, ids[255:], parts), ids[256:])
-        if ids[:256] != sorted(ids[:256]) or not all(ascending):
-            raise ValueError("its tokens have other ids there, or another order")
-    except KeyError as error:
-        raise ValueError(f"the token {error} is not there") from None
+def _check_tokens(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> None:
+    """Raise ValueError unless by id the bytes come first, then what each merge makes; special tokens around them."""
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    expected = sorted(BYTE_CHARS) + list(map("".join, merges))
+    start = tokens.index(expected[0]) if expected[0] in tokens else 0
+    end = start + len(expected)
+    if tokens[start:end] != expected:
+        raise ValueError("its tokens have other ids there, or are not there")
+    for token in tokens[:start] + tokens[end:]:
+        if any(token[:i] in vocabulary and token[i:] in vocabulary for i in range(1, len(token))):
+            raise ValueError(f"it does not say how {token!r} is made")
 
 
 def get_encoder(model_name: str, models_dir: str) -> Encoder:
     """Read the vocabulary in models_dir/model_name: encoder.json ({token: id}) and vocab.bpe (a version line, then
     one merge a line: two tokens and a space between them).
 
-    Raises ValueError, with the file's name, where the two do not make a vocabulary: ids 0 to n - 1, among them the
-    256 bytes in GPT-2's order, then the tokens of the merges in theirs, each joined from two that come before it.
+    Raises ValueError, with the file's name, where the two do not make a vocabulary: ids 0 to n - 1, the 256 bytes in
+    GPT-2's order, then the tokens of the merges in theirs; before or after these only tokens that no merge could make.
     """
     vocabulary_path = os.path.join(models_dir, model_name, "encoder.json")
     merges_path = os.path.join(models_dir, model_name, "vocab.bpe")
@@ -176,11 +175,12 @@ def get_encoder(model_name: str, models_dir: str) -> Encoder:
         raise ValueError(f"{vocabulary_path} is not a vocabulary: {error}; replace it") from None
     try:
         with open(merges_path, encoding="utf-8") as file:
-            version, *lines = file.read().removesuffix("\n").split("\n")
-        merges = [tuple(line.split(" ")) for line in lines]
-        if not version.startswith("#version") or not all(map((2).__eq__, map(len, merges))):
-            raise ValueError("it is not a #version line and then two tokens a line")
-        _token_order(vocabulary, merges)
+            version, _, lines = file.read().removesuffix("\n").partition("\n")
+        if not version.startswith("#version"):
+            raise ValueError("its first line is no #version")
+        parts = iter(lines.replace("\n", " ").split(" ") if lines else [])
+        merges = list(zip(parts, parts, strict=True))  # were they out of step, they would not make the tokens
+        _check_tokens(vocabulary, merges)
     except ValueError as error:
         raise ValueError(f"{merges_path} does not fit {vocabulary_path}: {error}; replace both") from None
     return Encoder(vocabulary, merges)

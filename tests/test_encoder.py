@@ -220,6 +220,9 @@ DAMAGES = {
     "a merge of unknown tokens": (merges_text(lambda text: text + "zz top\n"), "vocab.bpe"),
     "a merge twice": (merges_text(lambda text: text + LAST + "\n"), "vocab.bpe"),
     "merges in another order": (merges_text(lambda text: text.replace("Ġ t\nh e", "h e\nĠ t")), "vocab.bpe"),
+    "the last merge is missing": (merges_text(lambda text: text.removesuffix(LAST + "\n")), "vocab.bpe"),
+    "no merges": (merges_text(lambda text: text.split("\n")[0]), "vocab.bpe"),
+    "a byte is missing": (vocabulary_json(lambda v: v.update({"!!": v.pop("!")})), "vocab.bpe"),
     "an empty line": (merges_text(lambda text: text.replace("h e\n", "h e\n\n")), "vocab.bpe"),
     "empty": (lambda folder: (folder / "vocab.bpe").write_text(""), "vocab.bpe"),
 }
@@ -233,6 +236,31 @@ def test_a_damaged_vocabulary_is_refused_and_its_file_named(tmp_path, damage):
     with pytest.raises(ValueError, match=name) as error:
         get_encoder("broken", str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_no_cut_of_the_vocabulary_gives_other_ids(tmp_path, small):
+    write_vocabulary(tmp_path / "cut")
+    whole = {name: (tmp_path / "cut" / name).read_bytes() for name in ("encoder.json", "vocab.bpe")}
+    for name, content in whole.items():
+        n_refused = 0
+        for n in range(0, len(content), max(1, len(content) // 100)):
+            (tmp_path / "cut" / name).write_bytes(content[:n])
+            try:
+                ours = get_encoder("cut", str(tmp_path))
+            except ValueError:
+                n_refused += 1
+            else:
+                assert (ours.encoder, ours.bpe_ranks) == (small[0].encoder, small[0].bpe_ranks)
+        assert n_refused > 50
+        (tmp_path / "cut" / name).write_bytes(content)
+
+
+def test_special_tokens_may_stand_before_the_bytes(tmp_path, small):
+    write_vocabulary(tmp_path / "first")
+    vocabulary_json(lambda v: {"<pad>": 0} | {token: id + 1 for token, id in v.items()})(tmp_path / "first")
+    ours = get_encoder("first", str(tmp_path))
+    assert ours.encode("the") == [id + 1 for id in small[0].encode("the")]
+    assert ours.decode(ours.encode("the")) == "the"
 
 
 @pytest.mark.parametrize("change", [lambda t: t.replace("\n", "\r\n"), lambda t: t.removesuffix("\n")])
