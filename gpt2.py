@@ -460,6 +460,7 @@ def complain(error):
     print("gpt2.py: " + " ".join(str(error).split("\n")), file=sys.stderr)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # infinite logits are one error, not many warnings
 def command_line(arguments):
     """Do what the command line says -> exit status: 0, 1 it went wrong, 2 it was misused, 130 interrupted."""
     for file in filter(None, (sys.stdout, sys.stderr)):
@@ -498,4 +499,4 @@ def command_line(arguments):
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(sys.argv[1:]))
+    os._exit(command_line(sys.argv[1:]))  # all is written; to tidy up would take longer than to load the parameters

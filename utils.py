@@ -18,7 +18,6 @@ import tempfile
 import time
 
 import numpy as np
-from tqdm import tqdm
 
 from encoder import Encoder, get_encoder
 
@@ -220,6 +219,8 @@ def _version(response) -> str | None:
 
 
 def _append(chunks, part: str, length: int | None) -> None:
+    from tqdm import tqdm
+
     name, done = os.path.basename(part).removesuffix(".part"), _size(part)
     with (
         open(part, "ab") as file,
@@ -382,6 +383,8 @@ def _read_with_tensorflow(tf_ckpt_path: str, hparams: dict) -> dict[str, np.ndar
     Each that stands in the data file where a plain concatenation of all variables, in the order of their names, has
     it is taken from the mapped file instead. If that is true of all of them it is recorded for the next load.
     """
+    from tqdm import tqdm
+
     try:
         with _no_stderr():
             import tensorflow as tf
