@@ -68,19 +68,18 @@ class NpGPT:
         next(rows)
         return [timed(lambda: next(rows)) for _ in range(n)]
 
-    def floor(self):
-        """Seconds for the matrix-vector products of one token alone: every parameter is read once."""
+    def products(self):
+        """A function that does the matrix-vector products of one token, alone: it reads every parameter once."""
         vectors = {n: np.ones((1, n), np.float32) for n in (self.hparams["n_embd"], 4 * self.hparams["n_embd"])}
         matrices = [self.params["wte"].T]
         for block in self.params["blocks"]:
             matrices += [block[part][name]["w"] for part in ("attn", "mlp") for name in block[part]]
 
-        def products():
+        def multiply():
             for matrix in matrices:
                 vectors[len(matrix)] @ matrix
 
-        products()
-        return [timed(products) for _ in range(5)]
+        return multiply
 
 
 class Transformers:
@@ -144,6 +143,10 @@ def work(engine, model_dir, threads):
         elif method == "steps":
             engine.prompt(arguments[0])
             result = [timed(engine.step) for _ in range(arguments[1])]
+        elif method == "steps and products":  # in turns
+            engine.prompt(arguments[0])
+            multiply = engine.products()
+            result = [(timed(engine.step), timed(multiply)) for _ in range(arguments[1])]
         else:
             result = getattr(engine, method)(*arguments)
         print(json.dumps(result), file=answers, flush=True)
@@ -160,7 +163,7 @@ class Worker:
         time.sleep(0.3)  # until the threads of whoever was last have gone to sleep
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        return statistics.median(json.loads(self.process.stdout.readline()))
+        return json.loads(self.process.stdout.readline())
 
     def close(self):
         self.process.stdin.close()
@@ -340,16 +343,20 @@ def measure_model(figures, model_dir, size, hparams, engines, rounds, threads):
     taken = {}
 
     def take(what, who, seconds):
-        taken.setdefault((what, who), []).append(1000 * seconds)
+        taken.setdefault((what, who), []).append(1000 * statistics.median(seconds))
 
     token, late = f"{size}: one more token", f"{size}: one more token after {n_ctx - 24}"
     prompt, samples = f"{size}: a prompt of {n_ctx - 24}", f"{size}: 16 samples, one step"
     for worker in workers.values():
         worker.ask("steps", long_prompt, 2)  # the first is for warming up
     for _ in range(rounds):
-        take(token, "floor", workers["npGPT"].ask("floor"))
         for engine, worker in workers.items():
-            take(token, engine, worker.ask("steps", long_prompt[:10], 20))
+            if engine == "npGPT":
+                steps, products = zip(*worker.ask("steps and products", long_prompt[:10], 20), strict=True)
+                take(token, "floor", products)
+            else:
+                steps = worker.ask("steps", long_prompt[:10], 20)
+            take(token, engine, steps)
             take(late, engine, worker.ask("steps", long_prompt, 20))
             if engine != "npGPT" or engines[1:]:
                 take(prompt, engine, worker.ask("prompt", long_prompt))
