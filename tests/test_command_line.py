@@ -14,7 +14,7 @@ import threading
 import time
 
 import pytest
-from helpers import ROOT, random_variables, save_variables, write_model
+from helpers import ROOT, SMALL_HPARAMS, random_variables, save_variables, write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -365,6 +365,18 @@ def test_any_arguments(models_dir, capfdbinary, arguments):
     assert (errors == b"") == (status == 0)
     assert errors.count(b"\n") == (status != 0)
     assert out == b"" or status == 0
+
+
+@pytest.mark.parametrize("name", ["model/wte", "model/h0/mlp/c_fc/w", "model/h1/ln_1/b"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_parameters_are_one_line(tmp_path, name, value):
+    model_dir, variables = write_model(tmp_path / "small"), random_variables(SMALL_HPARAMS)
+    variables[name][..., 1] = value
+    save_variables(model_dir / "model.ckpt", variables)
+    load_encoder_hparams_and_params("small", str(tmp_path))
+    result = run("the", models_dir=tmp_path)
+    assert (result.returncode, result.stdout) == (1, b"")
+    assert result.stderr == b"gpt2.py: the logits are not finite: the parameters are damaged\n"
 
 
 def test_a_vocabulary_without_endoftext(tmp_path):

@@ -631,6 +631,27 @@ def test_full_disk(server, folder, monkeypatch, room):
     check_completes(folder, server)
 
 
+def test_full_disk_for_real(server, folder):
+    folder.mkdir()
+
+    def mount(*options):
+        try:
+            return subprocess.run(["mount", *options, str(folder)], capture_output=True).returncode == 0
+        except FileNotFoundError:
+            return False
+
+    if not mount("-t", "tmpfs", "-o", "size=128k", "tmpfs"):
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        error = download_fails(folder, r"No space left on device: .*/355M/.*\.part")
+        assert error.errno == errno.ENOSPC
+        assert list(folder.glob("*.part"))
+        assert mount("-o", "remount,size=2m")
+        check_completes(folder, server)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
 def test_file_where_the_folder_should_be(server, folder):
     folder.write_text("a file")
     download_fails(folder, "355M")

@@ -3,9 +3,12 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,6 +179,13 @@ def cut(name, n):
     return lambda model_dir: os.truncate(model_dir / name, n)
 
 
+def of_another_size(model_dir, *names):
+    with tempfile.TemporaryDirectory() as folder:
+        other = write_model(Path(folder) / "other", SMALL_HPARAMS | {"n_embd": 24})
+        for name in names:
+            shutil.copy(other / name, model_dir / name)
+
+
 W = "model/h1/mlp/c_fc/w"
 FAULTS = {
     "variable missing": (rewrite(lambda v: v.pop(W)), "model.ckpt has no variable model/h1/mlp/c_fc/w"),
@@ -200,6 +210,12 @@ FAULTS = {
     "checkpoint empty": (file("checkpoint", b""), "checkpoint does not name a checkpoint"),
     "index empty": (file(INDEX, b""), "model.ckpt.index is damaged"),
     "index of something else": (file(INDEX, b"x" * 500), "model.ckpt.index is damaged"),
+    "index of another size": (lambda model_dir: of_another_size(model_dir, INDEX), r"\[269, 24\], but \[269, 12\]"),
+    "data of another size": (lambda model_dir: of_another_size(model_dir, DATA), "model.ckpt.data.* is damaged"),
+    "both of another size": (
+        lambda model_dir: of_another_size(model_dir, INDEX, DATA),
+        r"\[269, 24\], but \[269, 12\]",
+    ),
     "data cut": (cut(DATA, 10_000), "model.ckpt.data-00000-of-00001 is damaged"),
 }
 
@@ -348,6 +364,11 @@ from utils import load_encoder_hparams_and_params
 load_encoder_hparams_and_params(sys.argv[1], sys.argv[2])
 print(sorted({"tensorflow", "requests"} & set(sys.modules)))
 """
+
+
+def test_nothing_that_is_read_is_executed():
+    for name in ("gpt2.py", "encoder.py", "utils.py"):
+        assert not re.search(r"pickle|marshal|\beval\b|\bexec\b|subprocess|os\.system", (ROOT / name).read_text())
 
 
 def test_tensorflow_is_silent_and_loaded_once(model_dir):

@@ -90,6 +90,19 @@ def test_several_sequences_at_once(model, cached):
     assert_close(together[1, 0], gpt2.gpt2(ids[3:9], **params, n_head=n_head))
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("n_out", [1, 3])
+def test_the_last_positions_alone(model, n_out, cached, monkeypatch):
+    monkeypatch.setattr(gpt2, "ATTENTION_ROWS", 2)
+    params, n_head, ids, logits, _ = model
+    rows = np.array([ids[:9], ids[:9]])
+    cache = gpt2.KVCache(params, n_head, batch=(2,)) if cached else None
+    x = gpt2.hidden_states(rows, **params, n_head=n_head, cache=cache, n_out=n_out)
+    assert_close(x @ params["wte"].T, np.stack([logits[9 - n_out : 9]] * 2))
+    if cached:  # which has all positions
+        assert_close(gpt2.gpt2(np.array([ids[9:11]] * 2), **params, n_head=n_head, cache=cache)[1], logits[9:11])
+
+
 def test_no_token_sees_what_comes_after_it(model):
     params, n_head, ids, logits, _ = model
     changed = [*ids[:7], *((id + 1) % logits.shape[1] for id in ids[7:])]
@@ -221,6 +234,14 @@ def test_a_prompt_in_chunks_gives_the_same_ids(model, monkeypatch):
     params, n_head, ids, _, greedy = model
     monkeypatch.setattr(gpt2, "PROMPT_ROWS", 3)
     monkeypatch.setattr(gpt2, "ATTENTION_ROWS", 2)
+    assert gpt2.generate(ids[:5], params, n_head, 10) == greedy[:10]
+
+
+def test_two_streams_in_turns_do_not_disturb_each_other(model):
+    params, n_head, ids, _, greedy = model
+    streams = [gpt2.stream(ids[:5], params, n_head, 10, n_samples=n) for n in (None, None, 2)]
+    for id, other_id, pair in zip(*streams, strict=True):
+        assert [id, id] == [other_id] * 2 == pair
     assert gpt2.generate(ids[:5], params, n_head, 10) == greedy[:10]
 
 

@@ -1,5 +1,6 @@
 """The model that ships with the repository: OpenAI's layout, trained weights, text that can be judged."""
 
+import concurrent.futures
 import math
 import os
 import re
@@ -53,6 +54,22 @@ def test_greedy_text_is_that_of_transformers(tiny):
     assert list(gpt2.stream(TINY_PROMPT, params, hparams["n_head"], 100)) == greedy
     assert gpt2.generate(TINY_PROMPT, params, hparams["n_head"], 100, n_samples=2) == [greedy, greedy]
     assert_close(gpt2.gpt2(TINY_PROMPT, **params, n_head=hparams["n_head"]), REFERENCE["tiny/logits"])
+
+
+def test_eight_threads_give_what_one_gives(tiny, monkeypatch):
+    encoder, hparams, params = tiny
+    monkeypatch.setattr("encoder._CACHE_WORDS", 3)  # so that it is emptied under their hands
+
+    def write(i):
+        ids = encoder.encode(f"KING RICHARD {i}:\nMy lord, {'what say you? ' * i}")
+        options = {"temperature": i / 4, "seed": i, "n_samples": i if i > 4 else None}
+        written = gpt2.generate(ids, params, hparams["n_head"], 40, **options)
+        return ids, written, [encoder.decode(row) for row in (written if i > 4 else [written])]
+
+    alone = [write(i) for i in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(write, [*range(8)] * 4))
+    assert together == alone * 4
 
 
 def test_the_text_is_made_of_lines_and_words(tiny):
