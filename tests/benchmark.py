@@ -324,13 +324,17 @@ class Figures:
         self.rows.append(row | {"min": min(values), "max": max(values), "n": len(values)})
 
     def table(self):
-        """Markdown: each figure with its spread, and as npGPT's ratio to it."""
-        lines = ["| what | who | median | least to largest | npGPT's ratio to it |", "|---|---|---|---|---|"]
-        for row in self.rows:
-            ours = [other["median"] for other in self.rows if (other["what"], other["who"]) == (row["what"], "npGPT")]
-            ratio = f"{ours[0] / row['median']:.2f}" if ours and row["who"] != "npGPT" else ""
-            spread = f"{row['min']:.4g} to {row['max']:.4g}"
-            lines.append(f"| {row['what']} | {row['who']} | {row['median']:.4g} {row['unit']} | {spread} | {ratio} |")
+        """Markdown: the medians, with the least and the largest, and npGPT's ratio to each of the others."""
+
+        def figure(row):
+            return f"{row['median']:.4g} {row['unit']} ({row['min']:.4g} to {row['max']:.4g})"
+
+        lines = ["| what | npGPT | others | ratio |", "|---|---|---|---|"]
+        for what in dict.fromkeys(row["what"] for row in self.rows):
+            ours, *others = sorted((r for r in self.rows if r["what"] == what), key=lambda row: row["who"] != "npGPT")
+            cells = "<br>".join(f"{row['who']} {figure(row)}" for row in others)
+            ratios = "<br>".join(f"{ours['median'] / row['median']:.2f}" for row in others)
+            lines.append(f"| {what} | {figure(ours)} | {cells} | {ratios} |")
         return "\n".join(lines)
 
 

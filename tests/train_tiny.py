@@ -25,16 +25,12 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
-import regex
 from tqdm import tqdm
 
-# shapes: B windows in a batch, T tokens in each, C = n_embd, H = n_head, D = C / H, V = n_vocab
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from encoder import BYTE_CHARS, WORD
 
-WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
-# the character that stands for each byte, in the order of GPT-2's first 256 ids
-SYMBOLS = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
+# shapes: B windows in a batch, T tokens in each, C = n_embd, H = n_head, D = C / H, V = n_vocab
 
 
 # ---- vocabulary
@@ -57,7 +53,7 @@ def merge(symbols, pair):
 def train_bpe(text, n_merges):
     """The n_merges most frequent pairs, each found after those before it were merged (Sennrich et al. 2016)."""
     words = Counter(WORD.findall(text))
-    splits = {word: [SYMBOLS[byte] for byte in word.encode("utf-8")] for word in words}
+    splits = {word: [BYTE_CHARS[byte] for byte in word.encode("utf-8")] for word in words}
     counts, words_with = Counter(), defaultdict(set)
 
     def count_pairs(word, sign):
@@ -83,13 +79,13 @@ def train_bpe(text, n_merges):
 
 class Tokenizer:
     def __init__(self, merges):
-        self.tokens = [*SYMBOLS.values(), *("".join(pair) for pair in merges), "<|endoftext|>"]
+        self.tokens = [*sorted(BYTE_CHARS), *("".join(pair) for pair in merges), "<|endoftext|>"]
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
 
     def split(self, word, skip=0.0):
         """Ids of one word. With skip, merges are left out at random (BPE-dropout, Provilkov et al. 2020)."""
-        symbols = [SYMBOLS[byte] for byte in word.encode("utf-8")]
+        symbols = [BYTE_CHARS[byte] for byte in word.encode("utf-8")]
         while True:
             pairs = [pair for pair in itertools.pairwise(symbols) if pair in self.ranks and random.random() >= skip]
             if not pairs:
@@ -102,8 +98,7 @@ class Tokenizer:
         return np.array([i for word in WORD.findall(text) for i in split(word)], np.int32)
 
     def decode(self, ids):
-        byte = {symbol: byte for byte, symbol in SYMBOLS.items()}
-        return bytes(byte[symbol] for i in ids for symbol in self.tokens[i])
+        return bytes(BYTE_CHARS.index(symbol) for i in ids for symbol in self.tokens[i])
 
 
 # ---- the model, with weights as a flat dictionary: checkpoint name -> array
@@ -295,7 +290,7 @@ def parse_arguments():
         ("n_embd", 128, "width"),
         ("n_head", 4, "attention heads"),
         ("n_layer", 4, "layers"),
-        ("steps", 4500, "training steps"),
+        ("steps", 10000, "training steps"),
         ("batch", 8, "windows of n_ctx tokens in a step"),
         ("dropout", 0.1, "of the embeddings and of what each layer adds"),
         ("bpe_dropout", 0.05, "share of the merges that are left out at random in training"),
