@@ -118,6 +118,20 @@ def test_many_random_strings(real):
         assert ours.encode(text) == tiktokens.encode_ordinary(text), f"seed {seed}: {text!a}"
 
 
+def test_long_texts_that_are_cut_in_pieces(real):
+    ours, tiktokens = real
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    spaces = [" ", "  ", "\n", " \n", "\r\n", "\t", "\x0b", "\x0c", "\x1c", "\x1f", "\x85", "\xa0", "\u2003", "\u3000"]
+    signs = ["a", "B", "é", "中", "ﬁ", "1", "½", "'", "'s", "'ll", ".", "\x00", "\u200d", "\U0001f600"]
+    for _ in range(300):
+        share = rng.random()
+        pool = spaces * round(10 * share) + ["a", "'s", "1", "."] * 30 + signs
+        text = "".join(rng.choices(pool, k=rng.randrange(200, 3000)))
+        assert ours.encode(text) == tiktokens.encode_ordinary(text), f"seed {seed}: {text!a}"
+        assert ours.decode(ours.encode(text)) == text
+
+
 def test_the_ids_of_a_known_prompt(real):
     ids = [36235, 39141, 18765, 1143, 326, 9061, 561, 530, 1110, 1716]
     assert real[0].encode("Alan Turing theorized that computers would one day become") == ids
