@@ -63,10 +63,10 @@ class NpGPT:
         next(self.ids)
 
     def samples(self, n_samples, n):
-        """Seconds per step of n_samples at once."""
+        """Seconds per token where n_samples advance at once."""
         rows = self.gpt2.stream(list(range(10)), self.params, self.hparams["n_head"], n + 1, n_samples=n_samples)
         next(rows)
-        return [timed(lambda: next(rows)) for _ in range(n)]
+        return [timed(lambda: next(rows)) / n_samples for _ in range(n)]
 
     def products(self):
         """A function that does the matrix-vector products of one token, alone: it reads every parameter once."""
@@ -350,7 +350,7 @@ def measure_model(figures, model_dir, size, hparams, engines, rounds, threads):
         taken.setdefault((what, who), []).append(1000 * statistics.median(seconds))
 
     token, late = f"{size}: one more token", f"{size}: one more token after {n_ctx - 24}"
-    prompt, samples = f"{size}: a prompt of {n_ctx - 24}", f"{size}: 16 samples, one step"
+    prompt, samples = f"{size}: a prompt of {n_ctx - 24}", f"{size}: a token, of 16 samples at once"
     for worker in workers.values():
         worker.ask("steps", long_prompt, 2)  # the first is for warming up
     for _ in range(rounds):
@@ -369,7 +369,7 @@ def measure_model(figures, model_dir, size, hparams, engines, rounds, threads):
     for worker in workers.values():
         worker.close()
     if engines[1:] or (samples, "npGPT") in taken:
-        taken[samples, "one sample, one step"] = taken[token, "npGPT"]
+        taken[samples, "of one sample"] = taken[token, "npGPT"]
     n_parameters = sum(array.size for array in leaves_of(hparams))
     cache_share = 2 * hparams["n_layer"] * hparams["n_embd"] * (n_ctx - 14) / n_parameters
     taken[late, "floor and the cache at its speed"] = [ms * (1 + cache_share) for ms in taken[token, "floor"]]

@@ -44,7 +44,7 @@ DATA = "model.ckpt.data-00000-of-00001"
 N = SIZES[DATA]
 BEFORE_DATA = list(SIZES)[:3]
 REAL_CHUNK, SMALL_CHUNK = utils.CHUNK_BYTES, 4096  # the latter is to the small files as the former to real ones
-N_KILLS = 30 if os.environ.get("NPGPT_LONG") == "1" else 6
+N_KILLS = 30
 
 
 def random_files(seed=0, **sizes):

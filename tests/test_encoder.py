@@ -17,7 +17,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from encoder import Encoder, get_encoder
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-RANDOM_STRINGS = int(os.environ.get("NPGPT_RANDOM_STRINGS", 20_000))  # a long run by hand: a million
+RANDOM_STRINGS = int(os.environ.get("NPGPT_RANDOM_STRINGS", 100_000))  # a long run by hand: a million
 
 # What both sides' Unicode tables know: the assigned code points of Python's, which are the oldest of the three.
 ASSIGNED = [chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]

@@ -18,7 +18,7 @@ import utils
 from utils import load_encoder_hparams_and_params, load_gpt2_params_from_tf_ckpt
 
 DATA, INDEX, RECORD = "model.ckpt.data-00000-of-00001", "model.ckpt.index", "model.ckpt.layout.json"
-N_FLIPS = int(os.environ.get("NPGPT_FLIPS", 25))  # a long run by hand: 200
+N_FLIPS = int(os.environ.get("NPGPT_FLIPS", 50))  # a long run by hand: 200
 
 
 def flat(params):
@@ -274,14 +274,16 @@ def test_no_flipped_byte_gives_wrong_parameters(model_dir, name, recorded):
     assert fails_or_is_right(model_dir)
 
 
-@pytest.mark.parametrize("name", [DATA, INDEX, RECORD])
+@pytest.mark.parametrize("name", [DATA, INDEX, "hparams.json", "encoder.json", "vocab.bpe", "checkpoint", RECORD])
 def test_no_cut_gives_wrong_parameters(model_dir, name):
     load(model_dir)
     path = model_dir / name
     intact = path.read_bytes()
     for i in range(N_FLIPS):
         path.write_bytes(intact[: len(intact) * i // N_FLIPS])
-        assert fails_or_is_right(model_dir) == (name != DATA)
+        right = fails_or_is_right(model_dir)
+        assert right or name not in (INDEX, RECORD)  # no longer needed, and found anew
+        assert not right or name != DATA
 
 
 def touched(path):
