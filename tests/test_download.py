@@ -26,6 +26,7 @@ from types import SimpleNamespace
 
 import pytest
 import requests
+import urllib3
 from helpers import ROOT
 from server import ALWAYS, Fault, Server
 
@@ -45,6 +46,7 @@ N = SIZES[DATA]
 BEFORE_DATA = list(SIZES)[:3]
 REAL_CHUNK, SMALL_CHUNK = utils.CHUNK_BYTES, 4096  # the latter is to the small files as the former to real ones
 N_KILLS = 30
+OLD_URLLIB3 = urllib3.__version__ < "2"  # does not count the bytes of an answer
 
 
 def random_files(seed=0, **sizes):
@@ -254,6 +256,8 @@ FAULTS = {
     "no-version-for-ever": ([cut(headers=NO_VERSION)], ALWAYS, 6, f"of {N}|{N // 2} more"),
     "other-version": ([cut(), Fault(headers={"ETag": '"other"'}, ignores_if_range=True)], 1, 3, None),
 }
+if OLD_URLLIB3:  # asked for the last byte once more, the server promises and gives the right length
+    del FAULTS["a-byte-more-promised"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -275,7 +279,7 @@ def test_fault(server, folder, naps, fault):
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("fault", [Fault(404), cut(10), Fault(change=other_bytes), Fault(silent=True, then="reset")])
+@pytest.mark.parametrize("fault", [Fault(404), cut(0), Fault(change=other_bytes), Fault(silent=True, then="reset")])
 def test_fault_of_any_file(server, folder, name, fault):
     server.misbehave(name, fault, times=ALWAYS)
     download_fails(folder, re.escape(name))
@@ -289,7 +293,7 @@ def test_goes_on_where_it_was_cut(server, folder, offset, then):
     download(folder)
     first, second = server.asked(DATA)
     assert (first.start, first.status, first.sent) == (None, 200, offset)
-    kept = offset // SMALL_CHUNK * SMALL_CHUNK  # requests hands over whole chunks only
+    kept = offset if OLD_URLLIB3 else offset // SMALL_CHUNK * SMALL_CHUNK  # of what comes too early to an end
     start = second.start or 0
     assert start in goes_on_from(kept) if then == "close" else start <= kept  # a reset can lose what was on its way
     assert start + second.sent == N
