@@ -300,11 +300,17 @@ def test_interactive_from_a_pipe_prints_the_answers_alone(models_dir):
     assert (result.returncode, result.stderr) == (0, b"")
 
 
+def without_endoftext(model_dir):
+    path = model_dir / "encoder.json"
+    path.write_text(path.read_text().replace(', "<|endoftext|>": 268', ""))
+    return model_dir
+
+
 @pytest.fixture(scope="module")
 def endless_model(tmp_path_factory):
-    """A model with a context so long that its answer can be interrupted."""
-    hparams = {"n_vocab": 269, "n_ctx": 100_000, "n_embd": 4, "n_head": 1, "n_layer": 1}
-    model_dir = write_model(tmp_path_factory.mktemp("models") / "endless", hparams)
+    """A model with a context so long that its answer can be interrupted, and no token that ends it."""
+    hparams = {"n_vocab": 268, "n_ctx": 100_000, "n_embd": 4, "n_head": 1, "n_layer": 1}
+    model_dir = without_endoftext(write_model(tmp_path_factory.mktemp("models") / "endless", hparams))
     load_encoder_hparams_and_params("endless", str(model_dir.parent))
     return ["--models_dir", str(model_dir.parent), "--model_size", "endless", "--n_tokens_to_generate", "99990"]
 
@@ -380,9 +386,8 @@ def test_damaged_parameters_are_one_line(tmp_path, name, value):
 
 
 def test_a_vocabulary_without_endoftext(tmp_path):
-    model_dir = write_model(tmp_path / "small", {"n_vocab": 268, "n_ctx": 8, "n_embd": 4, "n_head": 1, "n_layer": 1})
-    path = model_dir / "encoder.json"
-    path.write_text(path.read_text().replace(', "<|endoftext|>": 268', ""))
+    hparams = {"n_vocab": 268, "n_ctx": 8, "n_embd": 4, "n_head": 1, "n_layer": 1}
+    without_endoftext(write_model(tmp_path / "small", hparams))
     with pytest.raises(ValueError, match=r"no <\|endoftext\|>"):
         gpt2.main("", 1, "small", str(tmp_path))
     assert gpt2.main("the", 1, "small", str(tmp_path))
