@@ -5,10 +5,10 @@ A text goes through four steps. " rôle" shows them:
     words   the text is cut into words, a leading space belonging to its word   " rôle"
     bytes   each word is taken as its UTF-8 bytes                               b" r\\xc3\\xb4le"
     chars   each byte is written as one printable character (BYTE_CHARS)        "ĠrÃ´le"
-    merges  neighbours are joined, the pair that vocab.bpe lists first first    "Ġr" "Ã´" "le"
+    merges  neighbours are joined, always the pair that vocab.bpe lists earliest"Ġr" "Ã´" "le"
 
-and the ids are those of the joined pieces in encoder.json. The words never cross a merge, so each is encoded once
-and remembered.
+and the ids are those of the joined pieces in encoder.json. No merge crosses the bounds of a word, so each word is
+encoded once and remembered.
 """
 
 import codecs
@@ -38,7 +38,7 @@ _OTHERS = iter(range(256, 512))
 BYTE_CHARS = "".join(chr(byte if byte in _PRINTABLE else next(_OTHERS)) for byte in range(256))
 _CHAR_BYTES = codecs.charmap_build(BYTE_CHARS)
 
-_NO_RANK = sys.maxsize
+_NO_RANK, _NOTHING = sys.maxsize, object()
 _CACHE_WORDS, _CACHE_WORD_CHARS = 2**17, 64  # what is remembered at most: so many words, none longer
 
 
@@ -75,7 +75,9 @@ class Encoder:
         self.errors = errors
         self.bpe_ranks = dict(zip(bpe_merges, range(len(bpe_merges)), strict=True))
         self._word_ids = _WordIds(self._encode_word)
-        self._pieces = {None: ""}  # {id: the token's bytes, as Latin-1: to join them is much faster than to join bytes}
+        self._pieces = {
+            _NOTHING: ""
+        }  # {id: the token's bytes, as Latin-1: to join them is much faster than to join bytes}
 
     def bpe(self, chars: str) -> list[str]:
         """Join a word's characters (of BYTE_CHARS) into tokens: again and again the pair that ranks first, leftmost."""
@@ -138,7 +140,7 @@ class Encoder:
 
     def decode(self, ids: list[int]) -> str:
         """Turn token ids into text, the inverse of `encode`. Raises ValueError for an id that is not there."""
-        look_up = operator.itemgetter(*ids, None, None)  # the fastest way, which takes two or more
+        look_up = operator.itemgetter(*ids, _NOTHING, _NOTHING)  # the fastest way, which takes two or more
         try:
             pieces = look_up(self._pieces)
         except KeyError:
@@ -151,7 +153,7 @@ class Encoder:
 
 
 def _check_tokens(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> None:
-    """Raise ValueError unless by id the bytes come first, then what each merge makes; special tokens around them."""
+    """Raise ValueError unless, by id, the bytes and then what each merge makes are there, special tokens around."""
     tokens = sorted(vocabulary, key=vocabulary.get)
     expected = sorted(BYTE_CHARS) + list(map("".join, merges))
     start = tokens.index(expected[0]) if expected[0] in tokens else 0
@@ -161,6 +163,8 @@ def _check_tokens(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> 
     for token in tokens[:start] + tokens[end:]:
         if any(token[:i] in vocabulary and token[i:] in vocabulary for i in range(1, len(token))):
             raise ValueError(f"it does not say how {token!r} is made")
+        if not set(token) <= set(BYTE_CHARS):
+            raise ValueError(f"{token!r} has characters that stand for no byte")
 
 
 def get_encoder(model_name: str, models_dir: str) -> Encoder:

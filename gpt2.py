@@ -10,6 +10,7 @@ al., 2019) describes the model. Everything is float32: Python's floats keep it s
 
 import contextlib
 import math
+import operator
 import os
 import sys
 
@@ -18,11 +19,11 @@ import numpy as np
 # Many positions are computed in pieces: enough of them for the BLAS, few enough for the CPU's caches.
 PROMPT_ROWS, ATTENTION_ROWS = 512, 128
 
-# glibc hands freed memory back to the system, to be zeroed again at the next use, where more of it lies free than twice
-# the largest array freed so far. After this one the model's temporaries stay.
+# glibc returns freed memory to the system, which zeroes it before the next use, once more of it is free than twice the
+# largest block that was ever freed. After this one the model's temporaries stay.
 np.empty(32_000_000, np.uint8)
 
-# A function may work in place (+=) on arrays that it made itself, never on its arguments.
+# A function may work in place (+=) on arrays that it made itself, never on its arguments, but for a KVCache.
 
 
 def gelu(x):
@@ -110,14 +111,11 @@ class KVCache:
         self.kv = np.empty((len(params["blocks"]), *batch, n_head, 2, n_max, n_embd // n_head), np.float32)
         self.n_past = 0
 
-    def __getitem__(self, layer):
-        return self.kv[layer], self.n_past
-
 
 def mha(x, c_attn, c_proj, n_head, past=None, n_out=None):
     """Causal multi-head self-attention: [..., n_seq, n_embd] -> [..., n_out, n_embd], the last n_out or all.
 
-    past: one layer of a KVCache, added to.
+    past: (kv of one layer of a KVCache, n_past), added to.
     """
     *batch, n_seq, n_embd = x.shape
     qkv = linear(x, **c_attn).reshape(*batch, n_seq, 3, n_head, n_embd // n_head)
@@ -161,9 +159,10 @@ def hidden_states(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, n_out=None
     if n_kv > n_max:
         raise ValueError(f"{n_kv} tokens are more than the {n_max} positions there are")
     x = wte[inputs] + wpe[n_past:n_kv]
-    for layer, block in enumerate(blocks, 1):
-        n_rows = n_out if layer == len(blocks) else None
-        x = transformer_block(x, **block, n_head=n_head, past=cache and cache[layer - 1], n_out=n_rows)
+    for layer, block in enumerate(blocks):
+        past = (cache.kv[layer], n_past) if cache else None
+        n_rows = n_out if layer + 1 == len(blocks) else None
+        x = transformer_block(x, **block, n_head=n_head, past=past, n_out=n_rows)
     if cache:
         cache.n_past = n_kv
     return layer_norm(x, **ln_f)
@@ -196,7 +195,7 @@ def token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     """Probabilities to draw the next token with: logits [n_vocab] -> float32 [n_vocab], 0 for what is ruled out.
 
     Of the softmax of logits / temperature it leaves the top_k likeliest tokens (0: all), and of these the fewest that
-    together have the share top_p (nucleus sampling, Holtzman et al., 2020). Equals of the last one in stay, too.
+    together have the share top_p (nucleus sampling, Holtzman et al., 2020). What ties with the last one stays, too.
     """
     _check_options(temperature=temperature, top_k=top_k, top_p=top_p)
     scaled = logits - np.max(logits)
@@ -241,14 +240,15 @@ def _check_options(**options):
 
 def _checked_ids(ids, params, n_new):
     """Return ids as a list when n_new tokens can follow them, else raise ValueError."""
-    ids, n_vocab, n_ctx = list(ids), len(params["wte"]), len(params["wpe"])
+    ids, n_vocab, n_ctx = [operator.index(id) for id in ids], len(params["wte"]), len(params["wpe"])
     if not ids:
-        raise ValueError("there are 0 token ids, a prompt needs 1 or more")
+        raise ValueError("there are 0 token ids, it takes 1 or more")
     for id in ids:
         if not 0 <= id < n_vocab:
             raise ValueError(f"{id} is not a token id: the vocabulary has {n_vocab} tokens")
     if len(ids) + n_new - 1 > n_ctx:  # the last token is never an input
-        raise ValueError(f"{len(ids)} tokens and {n_new} new ones are more than the model can take, {n_ctx + 1} in all")
+        new = f" and {n_new} new ones" if n_new else ""
+        raise ValueError(f"{len(ids)} tokens{new} are more than the model can take, {n_ctx + 1} in all")
     return ids
 
 
@@ -333,8 +333,11 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
     return ids if n_samples is None else [[row[i] for row in ids if row[i] is not None] for i in range(n_samples)]
 
 
-def continuation(prompt, model, n_tokens_to_generate, n_samples, **options):
-    """Yield what continues a text, in pieces as they come; several samples one after the other, under headings."""
+def continuation(prompt, model, n_tokens_to_generate=40, n_samples=1, **options):
+    """Yield what continues a text, in pieces as they come; several samples one after the other, under headings.
+
+    model: (encoder, hparams, params); the other arguments are those of generate.
+    """
     encoder, hparams, params = model
     end = encoder.encoder.get("<|endoftext|>")
     ids = encoder.encode(prompt) or [end]
@@ -402,8 +405,14 @@ def parse_arguments(arguments):
     """Words of the command line -> (interactive, keyword arguments of main); ValueError for what is none of them."""
     import inspect
     import io
+    import itertools
 
     import fire
+
+    parameters = inspect.signature(main).parameters
+    for word, following in itertools.pairwise([*arguments, "--"]):  # or fire would read "True"
+        if word.startswith("--") and word[2:].replace("-", "_") in parameters and following.startswith("--"):
+            raise ValueError(f"{word} needs a value" + "; one that begins with dashes after a =" * (following != "--"))
 
     @fire.decorators.SetParseFn(str)  # or fire would read "1984" and "1, 2" as Python
     def sort_out(*words, **named):
@@ -421,7 +430,6 @@ def parse_arguments(arguments):
     words += [named.pop("prompt")] if "prompt" in named else []
     if len(words) != (interactive == "False"):
         raise ValueError(f"one prompt is needed, in quotes (none with --interactive), but there are {len(words)}")
-    parameters = inspect.signature(main).parameters
     for name, text in named.items():
         if name not in parameters:
             raise ValueError(f"there is no option --{name}; --help shows those that there are")
@@ -439,7 +447,7 @@ def parse_arguments(arguments):
 def show(pieces):
     for piece in pieces:
         print(piece, end="", flush=True)
-    print()
+    print(flush=True)
 
 
 def answer_prompts(model, options):
@@ -449,7 +457,7 @@ def answer_prompts(model, options):
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     while True:
         try:
-            show(continuation(input("> " if at_terminal else ""), model, **options))
+            show(continuation(input("> " if at_terminal else "").removesuffix("\r"), model, **options))
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -459,25 +467,31 @@ def answer_prompts(model, options):
 
 
 def complain(error):
-    print("gpt2.py: " + " ".join(str(error).split("\n")), file=sys.stderr)
+    print("gpt2.py: " + (" ".join(str(error).split("\n")) or "there is not enough memory"), file=sys.stderr)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # infinite logits are one error, not many warnings
 def command_line(arguments):
     """Do what the command line says -> exit status: 0, 1 it went wrong, 2 it was misused, 130 interrupted."""
-    for file in filter(None, (sys.stdout, sys.stderr)):
-        file.reconfigure(errors="replace")
-    if {"-h", "--help"} & set(arguments):
-        print(HELP, end="")
-        return 0
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:  # closed: the next file that is opened would be taken for it
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")
+    asks_for_help = {"-h", "--help"} & set(arguments)
     try:
-        interactive, options = parse_arguments(arguments)
+        interactive, options = (None, {}) if asks_for_help else parse_arguments(arguments)
     except ValueError as error:
         complain(error)
         return 2
     try:
+        if asks_for_help:
+            print(HELP, end="", flush=True)
+            return 0
         if (prompt := options.pop("prompt")) == "-":
-            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+            try:
+                prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"standard input is not UTF-8: {error}") from None
         from utils import load_encoder_hparams_and_params
 
         model = load_encoder_hparams_and_params(options.pop("model_size"), options.pop("models_dir"))
@@ -495,7 +509,7 @@ def command_line(arguments):
     finally:
         try:
             sys.stdout.flush()
-        except (OSError, AttributeError):  # nobody is there to read the rest, nor to be told at exit
+        except OSError:  # nobody is there to read the rest, nor to be told at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 0
 

@@ -38,7 +38,7 @@ IN_EVERY_SIZE = ("encoder.json", "vocab.bpe")
 CHUNK_BYTES = 1 << 18  # requests hands over whole ones: an interruption loses up to so much
 TIMEOUT = (4, 10)  # seconds to connect, and between two pieces of an answer
 PATIENCE = 8  # seconds after which a server that has not answered yet is not asked again
-RETRIES = 4  # after as many failures in a row that brought nothing new, the next is the last
+RETRIES = 4  # so many failures in a row that brought nothing new are borne, the next is the last
 BACKOFF = 0.5  # seconds before the first retry, doubled for each one after it
 MAX_WAIT = 30  # seconds, at most, that a server's Retry-After is heeded
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may be gone when asked again
@@ -93,7 +93,10 @@ def download_gpt2_files(model_size: str, model_dir: str) -> None:
             known = verified and (model_size == "124M" or name in IN_EVERY_SIZE)
             path = os.path.join(model_dir, name)
             if not os.path.isfile(path):
-                _fetch(session, f"{base_url}/{model_size}/{name}", path, sha256=FILES[name] if known else None)
+                try:
+                    _fetch(session, f"{base_url}/{model_size}/{name}", path, sha256=FILES[name] if known else None)
+                except ConnectionError as error:
+                    raise ConnectionError(f"{error}; --model_size tiny needs no network") from None
             _discard(path + ".part")
 
 
@@ -137,7 +140,7 @@ def _fetch(session, url: str, path: str, sha256: str | None) -> None:
             failures = 0 if _size(part) > size else failures + 1
             size = max(size, _size(part))
             if failures > RETRIES or (not answered and time.monotonic() - started > PATIENCE):
-                raise ConnectionError(f"cannot download {url}: {error}; --model_size tiny needs no network") from None
+                raise ConnectionError(f"cannot download {url}: {error}") from None
             time.sleep(max(error.wait or 0, BACKOFF * 2 ** max(failures - 1, 0)))
     for algorithm, expected in ("md5", md5), ("sha256", sha256):
         if expected and (found := _digest(part, algorithm)) != expected:
@@ -179,7 +182,9 @@ def _request(session, url: str, part: str) -> str | None:
         raise ConnectionError(f"cannot download {url}: {error}") from None
     except requests.RequestException as error:
         inner = error.args[0] if error.args else error
-        raise _Retry(str(getattr(inner, "reason", inner)), wait=None) from None
+        inner = getattr(inner, "reason", inner)
+        inner = getattr(inner, "original_error", inner)  # of a proxy
+        raise _Retry(re.sub(r"^\w+\(.*?\): ", "", str(inner)), wait=None) from None  # what it says, not on which object
     if length not in (None, _size(part)):
         raise _Retry(f"{_size(part)} bytes came of {length}")
     return md5
@@ -271,6 +276,8 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[E
         download_gpt2_files(model_size, model_dir)
         tf_ckpt_path = _checkpoint_path(model_dir)
     if tf_ckpt_path is None:
+        if os.path.isdir(model_dir):
+            raise FileNotFoundError(f"{os.path.join(model_dir, 'checkpoint')} is missing; {_REPLACE}")
         found = glob.glob(os.path.join("*", "checkpoint"), root_dir=models_dir)
         there = ", ".join(sorted(map(os.path.dirname, found))) or "none"
         raise ValueError(
@@ -278,6 +285,9 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[E
         )
     encoder = get_encoder(model_size, models_dir)
     hparams = _read_hparams(os.path.join(model_dir, "hparams.json"))
+    if len(encoder.encoder) > hparams["n_vocab"]:
+        n_vocab = f"n_vocab is {hparams['n_vocab']} in hparams.json"
+        raise ValueError(f"{model_dir}: encoder.json has {len(encoder.encoder)} tokens, but {n_vocab}; {_REPLACE}")
     return encoder, hparams, load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams)
 
 
@@ -415,6 +425,9 @@ def _read_with_tensorflow(tf_ckpt_path: str, hparams: dict) -> dict[str, np.ndar
 @contextlib.contextmanager
 def _no_stderr():
     """Send what is written to file descriptor 2 nowhere: TensorFlow's start-up chatter comes from C++, past Python."""
+    if sys.stderr is None:  # closed
+        yield
+        return
     sys.stderr.flush()
     saved = os.dup(2)
     try:

@@ -34,7 +34,9 @@ def run(*arguments, models_dir=None, **kwargs):
     command = [sys.executable, "-W", "error", str(ROOT / "gpt2.py"), *arguments]
     if models_dir:
         command += ["--models_dir", str(models_dir), "--model_size", "small", "--n_tokens_to_generate", str(N)]
-    return subprocess.run(command, capture_output=True, timeout=120, **kwargs)
+    environment = dict(kwargs.pop("env", os.environ))
+    environment.pop("PYTHONUNBUFFERED", None)  # it would hide what is never flushed
+    return subprocess.run(command, capture_output=True, timeout=120, env=environment, **kwargs)
 
 
 def expected(models_dir, prompt, **options):
@@ -122,7 +124,9 @@ def test_sampling_options(models_dir):
         (["a", "--nope=1"], ["no option --nope"]),
         (["a", "--n_tokens_to_generate", "x"], ["--n_tokens_to_generate", "whole number", "'x'"]),
         (["a", "--n_tokens_to_generate", "2.5"], ["whole number", "'2.5'"]),
-        (["a", "--n_tokens_to_generate"], ["whole number", "'True'"]),
+        (["a", "--n_tokens_to_generate"], ["--n_tokens_to_generate needs a value"]),
+        (["a", "--model-size", "--seed", "1"], ["--model-size needs a value"]),
+        (["--prompt", "--like this"], ["--prompt needs a value", "="]),
         (["a", "--n_tokens_to_generate", "-1"], ["n_tokens_to_generate is -1", "0 or more"]),
         (["a", "--temperature", "-0.5"], ["temperature is -0.5", "0 or more"]),
         (["a", "--temperature", "nan"], ["temperature is nan"]),
@@ -208,10 +212,11 @@ def test_output_into_a_pipe_that_closes(models_dir):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_output_that_cannot_be_written(models_dir):
     command = [sys.executable, str(ROOT / "gpt2.py"), "the", "--models_dir", str(models_dir), "--model_size", "small"]
-    with open("/dev/full", "wb") as full:
-        result = subprocess.run([*command, "--n_tokens_to_generate", "9"], stdout=full, stderr=subprocess.PIPE)
-    assert result.returncode == 1
-    assert re.fullmatch(rb"gpt2\.py: [^\n]+\n", result.stderr)
+    for arguments in (["--n_tokens_to_generate", "9"], ["--n_tokens_to_generate", "0"], ["--help"]):
+        with open("/dev/full", "wb") as full:
+            result = subprocess.run([*command, *arguments], stdout=full, stderr=subprocess.PIPE)
+        assert result.returncode == 1
+        assert re.fullmatch(rb"gpt2\.py: [^\n]+\n", result.stderr)
 
 
 def test_a_terminal_that_cannot_show_a_character(models_dir):
@@ -371,6 +376,21 @@ def test_any_arguments(models_dir, capfdbinary, arguments):
     assert (errors == b"") == (status == 0)
     assert errors.count(b"\n") == (status != 0)
     assert out == b"" or status == 0
+
+
+@pytest.mark.parametrize("redirection", ["<&-", "2>&-", ">&-"])
+def test_a_closed_stream(tmp_path, redirection):
+    """The first load, which has to do with standard error, and one more; a closed input is an empty one."""
+    write_model(tmp_path / "small")
+    arguments = f"--models_dir {tmp_path} --model_size small --n_tokens_to_generate {N}"
+    for _ in range(2):
+        command = f"{sys.executable} {ROOT / 'gpt2.py'} - {arguments} {redirection}"
+        result = subprocess.run(command, shell=True, capture_output=True, input=b"the")
+        assert (result.returncode, result.stderr) == (0, b"")
+        shown = expected(tmp_path, "" if redirection == "<&-" else "the")
+        assert result.stdout == (b"" if redirection == ">&-" else shown)
+    interactive = f"{sys.executable} {ROOT / 'gpt2.py'} --interactive {arguments} <&-"
+    assert subprocess.run(interactive, shell=True, capture_output=True).stderr == b""
 
 
 @pytest.mark.parametrize("name", ["model/wte", "model/h0/mlp/c_fc/w", "model/h1/ln_1/b"])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, SMALL_HPARAMS, random_variables, save_variables, write_model, write_vocabulary
+from helpers import ROOT, SMALL_HPARAMS, SMALL_MERGES, random_variables, save_variables, write_model, write_vocabulary
 
 import utils
 from utils import load_encoder_hparams_and_params, load_gpt2_params_from_tf_ckpt
@@ -235,7 +235,7 @@ def test_a_fault_is_one_line_that_names_the_file(model_dir, fault, recorded):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe", "hparams.json", DATA, INDEX])
+@pytest.mark.parametrize("name", ["checkpoint", "encoder.json", "vocab.bpe", "hparams.json", DATA, INDEX])
 def test_a_missing_file_is_named(model_dir, name):
     (model_dir / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
@@ -386,6 +386,12 @@ def test_without_tensorflow_the_first_load_says_what_it_needs(model_dir):
     assert "ImportError: the first load of a checkpoint needs TensorFlow" in result.stderr
     load(model_dir)
     assert python(hidden, model_dir.name, model_dir.parent).returncode == 0
+
+
+def test_more_tokens_than_the_model_has(model_dir):
+    write_vocabulary(model_dir, merges=[*SMALL_MERGES, "t o"])
+    with pytest.raises(ValueError, match=r"270 tokens, but n_vocab is 269 in hparams\.json"):
+        load(model_dir)
 
 
 def test_files_of_another_vocabulary(model_dir, tmp_path):

@@ -263,6 +263,11 @@ def test_bad_arguments_are_named(prompt, n, message):
         gpt2.generate(prompt, params, 1, n)
 
 
+def test_an_id_that_is_no_whole_number():
+    with pytest.raises(TypeError, match="integer"):
+        gpt2.generate([1.5], nested(REFERENCE_MODELS["one_layer"]), 1, 1)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_damaged_parameters_give_an_error_and_no_token(value):
     params = nested(REFERENCE_MODELS["one_layer"])
