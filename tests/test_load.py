@@ -327,9 +327,10 @@ def test_a_model_of_another_seed_in_its_place(model_dir, tmp_path):
     assert_params(load(model_dir)[2], seed=1)
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written(model_dir):
     model_dir.chmod(0o555)
+    if os.access(model_dir, os.W_OK):
+        pytest.skip("root may write everywhere")
     for _ in range(2):
         assert_params(load(model_dir)[2])
     model_dir.chmod(0o755)
