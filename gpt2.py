@@ -507,10 +507,8 @@ def command_line(arguments):
         complain(error)
         return 1
     finally:
-        try:
+        with contextlib.suppress(OSError):  # nobody is there to read the rest
             sys.stdout.flush()
-        except OSError:  # nobody is there to read the rest, nor to be told at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 0
 
 
