@@ -140,6 +140,7 @@ class Encoder:
 
     def decode(self, ids: list[int]) -> str:
         """Turn token ids into text, the inverse of `encode`. Raises ValueError for an id that is not there."""
+        ids = list(ids)  # it may be an iterator
         look_up = operator.itemgetter(*ids, _NOTHING, _NOTHING)  # the fastest way, which takes two or more
         try:
             pieces = look_up(self._pieces)
@@ -189,8 +190,10 @@ def get_encoder(model_name: str, models_dir: str) -> Encoder:
             version, _, lines = file.read().removesuffix("\n").partition("\n")
         if not version.startswith("#version"):
             raise ValueError("its first line is no #version")
-        parts = iter(lines.replace("\n", " ").split(" ") if lines else [])
-        merges = list(zip(parts, parts, strict=True))  # were they out of step, they would not make the tokens
+        parts = lines.replace("\n", " ").split(" ") if lines else []
+        if len(parts) % 2 or "" in parts:  # an even number out of step would not make the tokens
+            raise ValueError("it is not two tokens a line")
+        merges = list(zip(parts[::2], parts[1::2], strict=True))
         _check_tokens(vocabulary, merges)
     except ValueError as error:
         raise ValueError(f"{merges_path} does not fit {vocabulary_path}: {error}; replace both") from None

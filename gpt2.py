@@ -12,6 +12,7 @@ import contextlib
 import math
 import operator
 import os
+import re
 import sys
 
 import numpy as np
@@ -198,6 +199,7 @@ def token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     together have the share top_p (nucleus sampling, Holtzman et al., 2020). What ties with the last one stays, too.
     """
     _check_options(temperature=temperature, top_k=top_k, top_p=top_p)
+    logits = np.asarray(logits, np.float32)
     scaled = logits - np.max(logits)
     with np.errstate(over="ignore"):  # a low temperature takes the others to -inf, as it should
         scaled /= max(temperature, 1e-30)
@@ -323,7 +325,8 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
     stop_id: the id that ends a continuation, and is not part of it; without it all are n_tokens_to_generate long
 
     Shows its progress on a terminal, and leaves inputs as they are. Raises ValueError for a value out of its range,
-    for inputs that are none or not ids of the vocabulary, and where len(inputs) + n_tokens_to_generate - 1 > n_ctx.
+    for inputs that are none or not ids of the vocabulary, and where len(inputs) + n_tokens_to_generate - 1 > n_ctx;
+    TypeError for inputs that are no whole numbers.
     """
     from tqdm import tqdm
 
@@ -336,7 +339,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
 def continuation(prompt, model, n_tokens_to_generate=40, n_samples=1, **options):
     """Yield what continues a text, in pieces as they come; several samples one after the other, under headings.
 
-    model: (encoder, hparams, params); the other arguments are those of generate.
+    model: (encoder, hparams, params); the other arguments are those of main.
     """
     encoder, hparams, params = model
     end = encoder.encoder.get("<|endoftext|>")
@@ -410,9 +413,16 @@ def parse_arguments(arguments):
     import fire
 
     parameters = inspect.signature(main).parameters
-    for word, following in itertools.pairwise([*arguments, "--"]):  # or fire would read "True"
-        if word.startswith("--") and word[2:].replace("-", "_") in parameters and following.startswith("--"):
-            raise ValueError(f"{word} needs a value" + "; one that begins with dashes after a =" * (following != "--"))
+    for word, following in itertools.pairwise([*arguments, "--"]):  # fire would guess: --seed is "True", --nope no "pe"
+        if not re.match("-[^0-9.]", word):
+            continue
+        name, equals, _ = word.partition("=")
+        if name[:2] != "--" or name[2:].replace("-", "_") not in (*parameters, "interactive"):
+            raise ValueError(
+                f"there is no option {name}; --help shows those that there are, --prompt=-x gives a text -x"
+            )
+        if not equals and name != "--interactive" and re.match("-[^0-9.]", following):
+            raise ValueError(f"{name} needs a value, after a = if it begins with a dash")
 
     @fire.decorators.SetParseFn(str)  # or fire would read "1984" and "1, 2" as Python
     def sort_out(*words, **named):
@@ -431,8 +441,6 @@ def parse_arguments(arguments):
     if len(words) != (interactive == "False"):
         raise ValueError(f"one prompt is needed, in quotes (none with --interactive), but there are {len(words)}")
     for name, text in named.items():
-        if name not in parameters:
-            raise ValueError(f"there is no option --{name}; --help shows those that there are")
         kind = int if name == "seed" else type(parameters[name].default)
         try:
             named[name] = kind(text)
@@ -467,7 +475,8 @@ def answer_prompts(model, options):
 
 
 def complain(error):
-    print("gpt2.py: " + (" ".join(str(error).split("\n")) or "there is not enough memory"), file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print("gpt2.py: " + (" ".join(str(error).split("\n")) or "there is not enough memory"), file=sys.stderr)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # infinite logits are one error, not many warnings
@@ -477,16 +486,15 @@ def command_line(arguments):
         if getattr(sys, name) is None:  # closed: the next file that is opened would be taken for it
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
         getattr(sys, name).reconfigure(errors="replace")
-    asks_for_help = {"-h", "--help"} & set(arguments)
     try:
-        interactive, options = (None, {}) if asks_for_help else parse_arguments(arguments)
-    except ValueError as error:
-        complain(error)
-        return 2
-    try:
-        if asks_for_help:
+        if {"-h", "--help"} & set(arguments):
             print(HELP, end="", flush=True)
             return 0
+        try:
+            interactive, options = parse_arguments(arguments)
+        except ValueError as error:
+            complain(error)
+            return 2
         if (prompt := options.pop("prompt")) == "-":
             try:
                 prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
@@ -503,7 +511,7 @@ def command_line(arguments):
         return 0
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, ImportError, MemoryError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, OverflowError) as error:
         complain(error)
         return 1
     finally:

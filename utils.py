@@ -93,10 +93,7 @@ def download_gpt2_files(model_size: str, model_dir: str) -> None:
             known = verified and (model_size == "124M" or name in IN_EVERY_SIZE)
             path = os.path.join(model_dir, name)
             if not os.path.isfile(path):
-                try:
-                    _fetch(session, f"{base_url}/{model_size}/{name}", path, sha256=FILES[name] if known else None)
-                except ConnectionError as error:
-                    raise ConnectionError(f"{error}; --model_size tiny needs no network") from None
+                _fetch(session, f"{base_url}/{model_size}/{name}", path, sha256=FILES[name] if known else None)
             _discard(path + ".part")
 
 
@@ -140,7 +137,8 @@ def _fetch(session, url: str, path: str, sha256: str | None) -> None:
             failures = 0 if _size(part) > size else failures + 1
             size = max(size, _size(part))
             if failures > RETRIES or (not answered and time.monotonic() - started > PATIENCE):
-                raise ConnectionError(f"cannot download {url}: {error}") from None
+                hint = "" if answered else "; --model_size tiny needs no network"
+                raise ConnectionError(f"cannot download {url}: {error}{hint}") from None
             time.sleep(max(error.wait or 0, BACKOFF * 2 ** max(failures - 1, 0)))
     for algorithm, expected in ("md5", md5), ("sha256", sha256):
         if expected and (found := _digest(part, algorithm)) != expected:
@@ -183,8 +181,8 @@ def _request(session, url: str, part: str) -> str | None:
     except requests.RequestException as error:
         inner = error.args[0] if error.args else error
         inner = getattr(inner, "reason", inner)
-        inner = getattr(inner, "original_error", inner)  # of a proxy
-        raise _Retry(re.sub(r"^\w+\(.*?\): ", "", str(inner)), wait=None) from None  # what it says, not on which object
+        inner, proxy = getattr(inner, "original_error", inner), "the proxy: " * hasattr(inner, "original_error")
+        raise _Retry(proxy + re.sub(r"^\w+\(.*?\): ", "", str(inner)), wait=None) from None  # less the object's name
     if length not in (None, _size(part)):
         raise _Retry(f"{_size(part)} bytes came of {length}")
     return md5
@@ -277,7 +275,9 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[E
         tf_ckpt_path = _checkpoint_path(model_dir)
     if tf_ckpt_path is None:
         if os.path.isdir(model_dir):
-            raise FileNotFoundError(f"{os.path.join(model_dir, 'checkpoint')} is missing; {_REPLACE}")
+            raise FileNotFoundError(
+                f"{os.path.join(model_dir, 'checkpoint')} is missing: is {model_dir} a model's folder?"
+            )
         found = glob.glob(os.path.join("*", "checkpoint"), root_dir=models_dir)
         there = ", ".join(sorted(map(os.path.dirname, found))) or "none"
         raise ValueError(
@@ -285,9 +285,11 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[E
         )
     encoder = get_encoder(model_size, models_dir)
     hparams = _read_hparams(os.path.join(model_dir, "hparams.json"))
-    if len(encoder.encoder) > hparams["n_vocab"]:
+    if len(encoder.encoder) != hparams["n_vocab"]:
         n_vocab = f"n_vocab is {hparams['n_vocab']} in hparams.json"
-        raise ValueError(f"{model_dir}: encoder.json has {len(encoder.encoder)} tokens, but {n_vocab}; {_REPLACE}")
+        raise ValueError(
+            f"{model_dir}: encoder.json has {len(encoder.encoder)} tokens, but {n_vocab}: one is not its own"
+        )
     return encoder, hparams, load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams)
 
 
@@ -335,7 +337,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path: str, hparams: dict) -> dict:
     data_paths = glob.glob(glob.escape(tf_ckpt_path) + ".data-*")
     for path in tf_ckpt_path + ".index", *(data_paths or [tf_ckpt_path + _DATA]):
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path} is missing; {_REPLACE}")
+            raise FileNotFoundError(f"{path} is missing; put it there")
     variables = _map_as_recorded(tf_ckpt_path, hparams) or _read_with_tensorflow(tf_ckpt_path, hparams)
     params = {"blocks": [{} for _ in range(hparams["n_layer"])]}
     for name, array in variables.items():

@@ -127,6 +127,12 @@ def test_sampling_options(models_dir):
         (["a", "--n_tokens_to_generate"], ["--n_tokens_to_generate needs a value"]),
         (["a", "--model-size", "--seed", "1"], ["--model-size needs a value"]),
         (["--prompt", "--like this"], ["--prompt needs a value", "="]),
+        (["--prompt", "-like this"], ["--prompt needs a value", "="]),
+        (["-prompt", "a"], ["no option -prompt"]),
+        (["-like this"], ["no option -like this", "--prompt=-x"]),
+        (["a", "--no_color"], ["no option --no_color"]),
+        (["--noprompt"], ["no option --noprompt"]),
+        (["a", "--seed", "-x"], ["--seed needs a value"]),
         (["a", "--n_tokens_to_generate", "-1"], ["n_tokens_to_generate is -1", "0 or more"]),
         (["a", "--temperature", "-0.5"], ["temperature is -0.5", "0 or more"]),
         (["a", "--temperature", "nan"], ["temperature is nan"]),
@@ -145,7 +151,14 @@ def test_what_cannot_be_used_is_refused_before_any_work(arguments, words):
     assert_one_line(run(*arguments, env=environment), 2, *words)
 
 
+def test_an_error_that_cannot_be_told_has_its_status():
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run([sys.executable, str(ROOT / "gpt2.py"), "a", "--nope"], stderr=full)
+    assert result.returncode == 2
+
+
 def test_errors_of_the_model_and_the_prompt(models_dir, tmp_path):
+    assert_one_line(run("a", "--n_samples", "9" * 30, models_dir=models_dir), 1)
     assert_one_line(run("a", "--model_size", "nope"), 1, "no model 'nope'", "124M, 355M, 774M, 1558M")
     assert_one_line(run("a", "--model_size", "../x"), 1, "'../x'")
     assert_one_line(run("a" * 40, models_dir=models_dir), 1, "40 tokens and 6 new ones", "33 in all")

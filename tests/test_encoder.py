@@ -156,6 +156,11 @@ def test_random_ids_decode_as_in_tiktoken(pair_of_both, ids):
         assert ours.decode(some) == tiktokens.decode(some)
 
 
+def test_ids_from_an_iterator(small):
+    ids = small[0].encode("the hand")
+    assert Encoder(small[0].encoder, list(small[0].bpe_ranks)).decode(iter(ids)) == "the hand"
+
+
 @pytest.mark.parametrize("id", [-1, 269, 10**12, "a", None])
 def test_an_unknown_id_is_named(small, id):
     with pytest.raises(ValueError, match=f"{id!r} is no token id: .* 269 tokens"):
@@ -238,6 +243,8 @@ DAMAGES = {
     "the last merge is missing": (merges_text(lambda text: text.removesuffix(LAST + "\n")), "vocab.bpe"),
     "no merges": (merges_text(lambda text: text.split("\n")[0]), "vocab.bpe"),
     "a byte is missing": (vocabulary_json(lambda v: v.update({"!!": v.pop("!")})), "vocab.bpe"),
+    "a merge of nothing": (merges_text(lambda text: text.replace("Ġ t\n", " Ġt\n")), "vocab.bpe"),
+    "an empty line at the end": (merges_text(lambda text: text + "\n"), "vocab.bpe"),
     "a special token of no bytes": (vocabulary_json(lambda v: v.update({"<|my end|>": len(v)})), "vocab.bpe"),
     "an empty line": (merges_text(lambda text: text.replace("h e\n", "h e\n\n")), "vocab.bpe"),
     "empty": (lambda folder: (folder / "vocab.bpe").write_text(""), "vocab.bpe"),

@@ -195,7 +195,8 @@ FAULTS = {
     ),
     "layers missing": (hparams(n_layer=3), "has no variable model/h2/ln_1/g, of shape .12. by hparams.json"),
     "huge": (hparams(n_layer=10**9), "has no variable model/h2/ln_1/g"),
-    "huge vocabulary": (hparams(n_vocab=10**30), r"model/wte has shape \[269, 12\], but \[1000000"),
+    "huge vocabulary": (hparams(n_vocab=10**30), "has 269 tokens, but n_vocab is 1000000"),
+    "huge context": (hparams(n_ctx=10**30), r"model/wpe has shape \[32, 12\], but \[1000000"),
     "hparams of another shape": (hparams(n_ctx=31), r"model/wpe has shape \[32, 12\], but \[31, 12\]"),
     "hparams missing": (hparams(n_embd=None), "hparams.json has no 'n_embd'"),
     "hparams negative": (hparams(n_layer=-1), "n_layer is -1, not a whole number above 0"),
@@ -389,9 +390,10 @@ def test_without_tensorflow_the_first_load_says_what_it_needs(model_dir):
     assert python(hidden, model_dir.name, model_dir.parent).returncode == 0
 
 
-def test_more_tokens_than_the_model_has(model_dir):
-    write_vocabulary(model_dir, merges=[*SMALL_MERGES, "t o"])
-    with pytest.raises(ValueError, match=r"270 tokens, but n_vocab is 269 in hparams\.json"):
+@pytest.mark.parametrize(("merges", "n"), [([*SMALL_MERGES, "t o"], 270), (SMALL_MERGES[:-1], 268)])
+def test_other_tokens_than_the_model_has(model_dir, merges, n):
+    write_vocabulary(model_dir, merges=merges)
+    with pytest.raises(ValueError, match=rf"{n} tokens, but n_vocab is 269 in hparams\.json"):
         load(model_dir)
 
 
