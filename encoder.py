@@ -5,7 +5,7 @@ A text goes through four steps. " rôle" shows them:
     words   the text is cut into words, a leading space belonging to its word   " rôle"
     bytes   each word is taken as its UTF-8 bytes                               b" r\\xc3\\xb4le"
     chars   each byte is written as one printable character (BYTE_CHARS)        "ĠrÃ´le"
-    merges  neighbours are joined, always the pair that vocab.bpe lists earliest"Ġr" "Ã´" "le"
+    merges  neighbours are joined, first the pair that vocab.bpe lists first    "Ġr" "Ã´" "le"
 
 and the ids are those of the joined pieces in encoder.json. No merge crosses the bounds of a word, so each word is
 encoded once and remembered.
@@ -75,9 +75,8 @@ class Encoder:
         self.errors = errors
         self.bpe_ranks = dict(zip(bpe_merges, range(len(bpe_merges)), strict=True))
         self._word_ids = _WordIds(self._encode_word)
-        self._pieces = {
-            _NOTHING: ""
-        }  # {id: the token's bytes, as Latin-1: to join them is much faster than to join bytes}
+        # {id: the token's bytes, as Latin-1: to join them is much faster than to join bytes}
+        self._pieces = {_NOTHING: ""}
 
     def bpe(self, chars: str) -> list[str]:
         """Join a word's characters (of BYTE_CHARS) into tokens: again and again the pair that ranks first, leftmost."""
@@ -140,8 +139,8 @@ class Encoder:
 
     def decode(self, ids: list[int]) -> str:
         """Turn token ids into text, the inverse of `encode`. Raises ValueError for an id that is not there."""
-        ids = list(ids)  # it may be an iterator
-        look_up = operator.itemgetter(*ids, _NOTHING, _NOTHING)  # the fastest way, which takes two or more
+        ids = (*ids, _NOTHING, _NOTHING)
+        look_up = operator.itemgetter(*ids)  # the fastest way, which takes two or more
         try:
             pieces = look_up(self._pieces)
         except KeyError:
@@ -157,7 +156,7 @@ def _check_tokens(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> 
     """Raise ValueError unless, by id, the bytes and then what each merge makes are there, special tokens around."""
     tokens = sorted(vocabulary, key=vocabulary.get)
     expected = sorted(BYTE_CHARS) + list(map("".join, merges))
-    start = tokens.index(expected[0]) if expected[0] in tokens else 0
+    start = vocabulary.get(expected[0], 0)
     end = start + len(expected)
     if tokens[start:end] != expected:
         raise ValueError("its tokens have other ids there, or are not there")

@@ -61,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
         super().finish()
 
     def log_message(self, *args):
-        pass
+        """Not on the tests' standard error."""
 
     def do_GET(self):
         size, name = re.fullmatch(r"/base/([^/]+)/([^/]+)", self.path).groups()

@@ -449,7 +449,7 @@ class RedirectingAdapter(requests.adapters.BaseAdapter):
         return response
 
     def close(self):
-        pass
+        """It holds nothing open."""
 
 
 @pytest.mark.parametrize("scheme", ["http", "HTTP"])

@@ -179,11 +179,14 @@ def cut(name, n):
     return lambda model_dir: os.truncate(model_dir / name, n)
 
 
-def of_another_size(model_dir, *names):
-    with tempfile.TemporaryDirectory() as folder:
-        other = write_model(Path(folder) / "other", SMALL_HPARAMS | {"n_embd": 24})
-        for name in names:
-            shutil.copy(other / name, model_dir / name)
+def of_another_size(*names):
+    def damage(model_dir):
+        with tempfile.TemporaryDirectory() as folder:
+            other = write_model(Path(folder) / "other", SMALL_HPARAMS | {"n_embd": 24})
+            for name in names:
+                shutil.copy(other / name, model_dir / name)
+
+    return damage
 
 
 W = "model/h1/mlp/c_fc/w"
@@ -211,12 +214,9 @@ FAULTS = {
     "checkpoint empty": (file("checkpoint", b""), "checkpoint does not name a checkpoint"),
     "index empty": (file(INDEX, b""), "model.ckpt.index is damaged"),
     "index of something else": (file(INDEX, b"x" * 500), "model.ckpt.index is damaged"),
-    "index of another size": (lambda model_dir: of_another_size(model_dir, INDEX), r"\[269, 24\], but \[269, 12\]"),
-    "data of another size": (lambda model_dir: of_another_size(model_dir, DATA), "model.ckpt.data.* is damaged"),
-    "both of another size": (
-        lambda model_dir: of_another_size(model_dir, INDEX, DATA),
-        r"\[269, 24\], but \[269, 12\]",
-    ),
+    "index of another size": (of_another_size(INDEX), r"\[269, 24\], but \[269, 12\]"),
+    "data of another size": (of_another_size(DATA), "model.ckpt.data.* is damaged"),
+    "both of another size": (of_another_size(INDEX, DATA), r"\[269, 24\], but \[269, 12\]"),
     "data cut": (cut(DATA, 10_000), "model.ckpt.data-00000-of-00001 is damaged"),
 }
 
