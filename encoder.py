@@ -1,20 +1,18 @@
-"""GPT-2's byte-level BPE: text <-> token ids, id for id as OpenAI's encoder and tiktoken give them.
+"""GPT-2's byte-level BPE: text <-> token ids, the same ids as those of OpenAI's encoder and tiktoken.
 
-A text goes through four steps. " rôle" shows them:
+A text becomes ids in four steps, shown here for " rôle":
 
-    words   the text is cut into words, a leading space belonging to its word   " rôle"
-    bytes   each word is taken as its UTF-8 bytes                               b" r\\xc3\\xb4le"
-    chars   each byte is written as one printable character (BYTE_CHARS)        "ĠrÃ´le"
-    merges  neighbours are joined, first the pair that vocab.bpe lists first    "Ġr" "Ã´" "le"
+    words   split the text into words; a space belongs to the word after it   " rôle"
+    bytes   encode each word as UTF-8                                         b" r\\xc3\\xb4le"
+    chars   write each byte as one printable character (BYTE_CHARS)           "ĠrÃ´le"
+    merges  join neighbours, always the pair that vocab.bpe lists first       "Ġr" "Ã´" "le"
 
-and the ids are those of the joined pieces in encoder.json. No merge crosses the bounds of a word, so each word is
-encoded once and remembered.
+encoder.json maps these tokens to ids. Merges do not cross words, so each word is encoded once and remembered.
 """
 
 import codecs
 import heapq
 import json
-import operator
 import os
 import re
 import sys
@@ -22,64 +20,66 @@ from itertools import chain, pairwise, repeat
 
 import regex
 
-# A word: an English contraction, or letters, or digits, or other signs, each with at most one space before it, or
-# white space (which leaves its last space to the word that follows). The ++ never give back what they took; that
-# changes no match, only the time.
+# A word is an English contraction, or letters, digits or other characters with at most one space before them, or white
+# space, whose last space goes to the next word. The ++ do not backtrack: this changes the time, not the matches.
 WORD = regex.compile(r" ?\p{L}++|'(?:[sdmt]|ll|ve|re)| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
-# The same for ASCII alone, where Python's own re will do, in half the time; and pieces of a text that have the same
-# words as the whole has, for they begin with a space or line end after something else.
+# ASCII text needs only Python's re, which is twice as fast. A text is cut into pieces, before a space or line end that
+# follows another character. The pieces have the same words as the whole text, and many are ASCII.
 ASCII_WORD = re.compile(r" ?[A-Za-z]+|'(?:[sdmt]|ll|ve|re)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s", re.ASCII)
 PIECE = re.compile(r".{250}.*?\S(?=[ \n])|.+", re.DOTALL)
 
-# The character that stands for each of the 256 bytes: its own where Latin-1 prints one, else the next from U+0100.
-# GPT-2 lists the printable ones first, so in its order the characters ascend. For Python this is a codec.
+# The character for each of the 256 bytes: the same as in Latin-1 if that is printable, else the next one from U+0100.
 _PRINTABLE = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
 _OTHERS = iter(range(256, 512))
 BYTE_CHARS = "".join(chr(byte if byte in _PRINTABLE else next(_OTHERS)) for byte in range(256))
-_CHAR_BYTES = codecs.charmap_build(BYTE_CHARS)
+_CHAR_BYTES, _CHARS = codecs.charmap_build(BYTE_CHARS), set(BYTE_CHARS)
 
-_NO_RANK, _NOTHING = sys.maxsize, object()
-_CACHE_WORDS, _CACHE_WORD_CHARS = 2**17, 64  # what is remembered at most: so many words, none longer
+_NO_RANK = sys.maxsize
+_CACHE_WORDS, _CACHE_WORD_CHARS = 2**17, 64  # remember this many words, and none that is longer
 
 
-class _WordIds(dict):
-    """{word: its ids}, computed when first asked for; forgets everything rather than grow beyond its bound."""
+def _chars(text: str) -> str:
+    return codecs.charmap_decode(text.encode("utf-8"), "strict", BYTE_CHARS)[0]
+
+
+class _Computed(dict):
+    """{key: compute(key)}, computed on first use. It is emptied when it reaches _CACHE_WORDS, and skips long words."""
 
     def __init__(self, compute):
         self.compute = compute
 
-    def __missing__(self, word):
-        ids = self.compute(word)
+    def __missing__(self, key):
+        value = self.compute(key)
         if len(self) >= _CACHE_WORDS:
             self.clear()
-        if len(word) <= _CACHE_WORD_CHARS:
-            self[word] = ids
-        return ids
+        if len(str(key)) <= _CACHE_WORD_CHARS:
+            self[key] = value
+        return value
 
 
 class Encoder:
-    """Byte-level BPE over a vocabulary and its merges.
+    """Byte-level BPE with a vocabulary and merges.
 
-    encoder: {token: id}, the tokens written in BYTE_CHARS
-    bpe_merges: pairs of tokens, the one to join first first
-    errors: what `decode` does with bytes that are not UTF-8, as in `bytes.decode`
+    encoder: {token: id}, with tokens written in BYTE_CHARS. bpe_merges: pairs of tokens, the first to join first.
+    errors: what to do with bytes that are not UTF-8, as in `bytes.decode`.
+    ignore_merges: whether a word that is a token itself is taken as it is (as by tiktoken), or always made by merges.
 
     >>> encoder = get_encoder("124M", "models")  # doctest: +SKIP
     >>> encoder.encode("Hello world")  # doctest: +SKIP
     [15496, 995]
     """
 
-    def __init__(self, encoder: dict[str, int], bpe_merges: list[tuple[str, str]], errors: str = "replace"):
+    def __init__(self, encoder: dict[str, int], bpe_merges: list[tuple], errors: str = "replace", ignore_merges=True):
         self.encoder = encoder
+        self.ignore_merges = ignore_merges
         self.decoder = dict(zip(encoder.values(), encoder, strict=True))
         self.errors = errors
         self.bpe_ranks = dict(zip(bpe_merges, range(len(bpe_merges)), strict=True))
-        self._word_ids = _WordIds(self._encode_word)
-        # {id: the token's bytes, as Latin-1: to join them is much faster than to join bytes}
-        self._pieces = {_NOTHING: ""}
+        self._word_ids = _Computed(self._encode_word)
+        self._token_bytes = _Computed(self._decode_token)
 
     def bpe(self, chars: str) -> list[str]:
-        """Join a word's characters (of BYTE_CHARS) into tokens: again and again the pair that ranks first, leftmost."""
+        """Join the characters of a word into tokens: as long as possible, the leftmost pair of the lowest rank."""
         if len(chars) > 100:
             return self._bpe_of_many(chars)
         tokens, rank = list(chars), self.bpe_ranks.get
@@ -95,12 +95,12 @@ class Encoder:
         return tokens
 
     def _bpe_of_many(self, chars: str) -> list[str]:
-        """Do the same in O(n log n) for n characters, where looking for the least rank each time would take O(n^2).
+        """Do the same in O(n log n). For a few characters the other loop is faster, but it is quadratic.
 
-        A heap gives the pair to join next. It may be out of date: of a token that another join has taken.
+        The heap holds the pairs to join. An entry is outdated if one of its tokens has been joined since.
         """
         tokens, ranks, n = list(chars), self.bpe_ranks, len(chars)
-        before, after = list(range(-1, n - 1)), list(range(1, n + 1))  # of a joined token, only the first place counts
+        before, after = list(range(-1, n - 1)), list(range(1, n + 1))  # indices of the neighbours
         heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in ranks]
         heapq.heapify(heap)
         while heap:
@@ -119,15 +119,21 @@ class Encoder:
         return [token for token in tokens if token]
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
-        chars = codecs.charmap_decode(word.encode("utf-8"), "strict", BYTE_CHARS)[0]
-        if chars in self.encoder:  # as tiktoken does; the merges would lead there, too
+        chars = _chars(word)
+        if self.ignore_merges and chars in self.encoder:
             return (self.encoder[chars],)
         return tuple([self.encoder[token] for token in self.bpe(chars)])
 
-    def encode(self, text: str) -> list[int]:
-        """Turn any text into token ids; `<|endoftext|>` in it is ordinary text.
+    def _decode_token(self, token_id: int) -> str:
+        """Return the bytes of a token as Latin-1 characters. Strings join faster than bytes."""
+        if token_id not in self.decoder:
+            raise ValueError(f"{token_id!r} is not a token id: the vocabulary has {len(self.decoder)} tokens")
+        return codecs.charmap_encode(self.decoder[token_id], "strict", _CHAR_BYTES)[0].decode("latin-1")
 
-        Lone surrogates, which no encoding has bytes for, count as U+FFFD; pairs of them as the character they mean.
+    def encode(self, text: str) -> list[int]:
+        """Turn any text into token ids. `<|endoftext|>` in it is ordinary text.
+
+        Pairs of surrogates count as the character they stand for, lone ones as U+FFFD: UTF-8 cannot encode them.
         """
         try:
             text.encode("utf-8")
@@ -138,62 +144,104 @@ class Encoder:
         return list(chain.from_iterable(map(self._word_ids.__getitem__, chain.from_iterable(words))))
 
     def decode(self, ids: list[int]) -> str:
-        """Turn token ids into text, the inverse of `encode`. Raises ValueError for an id that is not there."""
-        ids = (*ids, _NOTHING, _NOTHING)
-        look_up = operator.itemgetter(*ids)  # the fastest way, which takes two or more
-        try:
-            pieces = look_up(self._pieces)
-        except KeyError:
-            for id in set(ids) - self._pieces.keys():
-                if id not in self.decoder:
-                    raise ValueError(f"{id!r} is no token id: the vocabulary has {len(self.decoder)} tokens") from None
-                self._pieces[id] = codecs.charmap_encode(self.decoder[id], "strict", _CHAR_BYTES)[0].decode("latin-1")
-            pieces = look_up(self._pieces)
-        return "".join(pieces).encode("latin-1").decode("utf-8", self.errors)
+        """Turn token ids into text, the inverse of `encode`. Raises ValueError for an id outside the vocabulary."""
+        return self.decode_bytes(ids).decode("utf-8", self.errors)
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """Turn token ids into the bytes of their text. A token may end inside a character of several bytes."""
+        return "".join(map(self._token_bytes.__getitem__, ids)).encode("latin-1")
 
 
-def _check_tokens(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> None:
-    """Raise ValueError unless, by id, the bytes and then what each merge makes are there, special tokens around."""
-    tokens = sorted(vocabulary, key=vocabulary.get)
-    expected = sorted(BYTE_CHARS) + list(map("".join, merges))
-    start = vocabulary.get(expected[0], 0)
-    end = start + len(expected)
-    if tokens[start:end] != expected:
-        raise ValueError("its tokens have other ids there, or are not there")
-    for token in tokens[:start] + tokens[end:]:
-        if any(token[:i] in vocabulary and token[i:] in vocabulary for i in range(1, len(token))):
-            raise ValueError(f"it does not say how {token!r} is made")
-        if not set(token) <= set(BYTE_CHARS):
-            raise ValueError(f"{token!r} has characters that stand for no byte")
+class TextDecoder:
+    """Decodes the ids of a text piece by piece, up to the first `stop` in it. `stopped` tells whether it was found.
+
+    Together, the pieces are what encoder.decode returns for all ids.
+    """
+
+    def __init__(self, encoder: Encoder, stop: str | None = None):
+        self.encoder, self.stop, self.stopped = encoder, stop or "", False
+        self._characters = codecs.getincrementaldecoder("utf-8")(encoder.errors)
+        self._held = ""  # text that may be the beginning of stop
+
+    def decode(self, ids: list[int], final: bool = False) -> str:
+        """Return the next piece: the text that is certain, without an incomplete character or the beginning of stop."""
+        if self.stopped:
+            return ""
+        text = self._held + self._characters.decode(self.encoder.decode_bytes(ids), final)
+        if self.stop and self.stop in text:
+            self.stopped = True
+            return text[: text.index(self.stop)]
+        starts = (n for n in range(len(self.stop)) if not final and text.endswith(self.stop[:n]))
+        n_held = max(starts, default=0)
+        self._held = text[len(text) - n_held :]
+        return text[: len(text) - n_held]
 
 
 def get_encoder(model_name: str, models_dir: str) -> Encoder:
-    """Read the vocabulary in models_dir/model_name: encoder.json ({token: id}) and vocab.bpe (a version line, then
-    one merge a line: two tokens and a space between them).
+    """Read the vocabulary in the folder models_dir/model_name.
 
-    Raises ValueError, with the file's name, where the two do not make a vocabulary: ids 0 to n - 1, the 256 bytes in
-    GPT-2's order, then the tokens of the merges in theirs; before or after these only tokens that no merge could make.
+    OpenAI's layout is encoder.json ({token: id}) and vocab.bpe (a version line, then one merge per line: two tokens and
+    a space between them). Hugging Face's is the same under the names vocab.json and merges.txt, or tokenizer.json.
+
+    Raises ValueError, with the file's name, if they are not a vocabulary: ids 0 to n - 1, the 256 bytes in GPT-2's
+    order, then the tokens that the merges make, in theirs. Special tokens may come before or after these.
     """
-    vocabulary_path = os.path.join(models_dir, model_name, "encoder.json")
-    merges_path = os.path.join(models_dir, model_name, "vocab.bpe")
+    names = {"encoder.json": "vocab.bpe", "vocab.json": "merges.txt", "tokenizer.json": "tokenizer.json"}
+    name = next((name for name in names if os.path.isfile(os.path.join(models_dir, model_name, name))), "encoder.json")
+    path, merges_path = (os.path.join(models_dir, model_name, file) for file in (name, names[name]))
     try:
-        with open(vocabulary_path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             vocabulary = json.load(file)
+        if name == "tokenizer.json":
+            vocabulary, merges = _read_tokenizer(vocabulary)
+        if name != "encoder.json":  # a special token with other characters than BYTE_CHARS is written as its bytes
+            vocabulary = {token if set(token) <= _CHARS else _chars(token): i for token, i in vocabulary.items()}
         ids = list(vocabulary.values())
         if set(map(type, ids)) != {int} or sorted(ids) != list(range(len(ids))):
             raise ValueError("it does not give its tokens the ids from 0 up, each once")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{vocabulary_path} is not a vocabulary: {error}; replace it") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not a vocabulary of GPT-2's kind: {error}; replace it with an intact copy"
+        ) from None
     try:
-        with open(merges_path, encoding="utf-8") as file:
-            version, _, lines = file.read().removesuffix("\n").partition("\n")
-        if not version.startswith("#version"):
-            raise ValueError("its first line is no #version")
-        parts = lines.replace("\n", " ").split(" ") if lines else []
-        if len(parts) % 2 or "" in parts:  # an even number out of step would not make the tokens
-            raise ValueError("it is not two tokens a line")
-        merges = list(zip(parts[::2], parts[1::2], strict=True))
-        _check_tokens(vocabulary, merges)
-    except ValueError as error:
-        raise ValueError(f"{merges_path} does not fit {vocabulary_path}: {error}; replace both") from None
-    return Encoder(vocabulary, merges)
+        if name != "tokenizer.json":
+            with open(merges_path, encoding="utf-8") as file:
+                version, _, lines = file.read().removesuffix("\n").partition("\n")
+            parts = lines.replace("\n", " ").split(" ") if lines else []
+            if not version.startswith("#version") or len(parts) % 2 or "" in parts:
+                raise ValueError("it is not a #version line and then two tokens per line")
+            merges = list(zip(parts[::2], parts[1::2], strict=True))
+        _check_tokens(vocabulary, merges, can_be_cut=name != "tokenizer.json")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{merges_path} does not fit {path}: {error}; replace both with intact copies") from None
+    return Encoder(vocabulary, merges, ignore_merges=name == "encoder.json")
+
+
+def _read_tokenizer(content: dict) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Take vocabulary and merges from a tokenizer.json of the tokenizers package."""
+    splitter, model = content.get("pre_tokenizer") or {}, content["model"]
+    is_gpt2s = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
+    if not is_gpt2s or splitter.get("add_prefix_space") or content.get("normalizer") or model.get("ignore_merges"):
+        raise ValueError("its normalizer, pre_tokenizer or model is not GPT-2's")
+    vocabulary = model["vocab"] | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    return vocabulary, [(left, right) for left, right in merges]
+
+
+def _check_tokens(vocabulary: dict[str, int], merges: list[tuple[str, str]], can_be_cut: bool) -> None:
+    """Raise ValueError unless the bytes and then the tokens that the merges make follow one another, by id.
+
+    can_be_cut: whether the last merges can be missing. Then no other token may look as if a merge made it.
+    """
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    expected = list(dict.fromkeys(chain(sorted(BYTE_CHARS), map("".join, merges))))  # two merges can make one token
+    start = vocabulary.get(expected[0], 0)
+    end = start + len(expected)
+    if tokens[start:end] != expected or len(set(merges)) < len(merges):
+        raise ValueError("its tokens are missing there, or have other ids")
+    for token in tokens[:start] + tokens[end:]:
+        may_be_merged = can_be_cut and not re.fullmatch(r"<.*>|\[.*\]", token)
+        if may_be_merged and any(token[:i] in vocabulary and token[i:] in vocabulary for i in range(1, len(token))):
+            raise ValueError(f"it does not say which merge makes {token!r}")
+        if not set(token) <= _CHARS:
+            raise ValueError(f"{token!r} has characters that stand for no byte")

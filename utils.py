@@ -1,7 +1,7 @@
 """Files: download a published GPT-2, verify it, load it -> (encoder, hparams, params).
 
-A model is a folder with the seven files that OpenAI's TensorFlow wrote (FILES). TensorFlow reads a checkpoint once and
-shows how its data file is laid out; from then on NumPy maps that file, and the parameters are the file itself.
+A model is a folder in one of two layouts: OpenAI's (a TensorFlow checkpoint) or Hugging Face's (safetensors). In both,
+the weights lie in the file as NumPy needs them. So they are memory-mapped, not copied.
 """
 
 import base64
@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import mmap
+import operator
 import os
 import re
 import sys
@@ -22,9 +23,7 @@ import numpy as np
 from encoder import Encoder, get_encoder
 
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
-MODEL_SIZES = ("124M", "355M", "774M", "1558M")
-# {file: its SHA-256 in 124M}. encoder.json and vocab.bpe are the same in every size; no digest of the rest is known.
-FILES = {
+FILES = {  # of a published model, with their SHA-256 in 124M; none are published for the other sizes
     "checkpoint": "dd1b025d2e155283f5e300ce95bf6d5b6bc0f7fe010db73daa6975eb896ab9cb",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "hparams.json": "d9d56e4121c427164e0c55c6f03c08e1daf9002b9b672825112d19097b680318",
@@ -34,112 +33,120 @@ FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 IN_EVERY_SIZE = ("encoder.json", "vocab.bpe")
+HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+_sizes = operator.itemgetter(*HPARAMS)
+MODEL_SIZES = {"124M": (50257, 1024, 768, 12, 12), "355M": (50257, 1024, 1024, 16, 24),
+               "774M": (50257, 1024, 1280, 20, 36), "1558M": (50257, 1024, 1600, 25, 48)}  # fmt: skip
+_DATA, _RECORD = ".data-00000-of-00001", ".verified.json"  # after a checkpoint's name: its weights, our record
+KNOWN_DATA = {  # hparams -> SHA-256 of the data file: 124M and models/tiny
+    MODEL_SIZES["124M"]: FILES["model.ckpt" + _DATA],
+    (1024, 256, 128, 4, 4): "02ce5e2c9d75fd413b78a0123dfc08a2033169d137308353d6cebc8f0762d895",
+}
 
-CHUNK_BYTES = 1 << 18  # requests hands over whole ones: an interruption loses up to so much
+CHUNK_BYTES = 1 << 13  # read from the network at once; an interruption loses less than this
 TIMEOUT = (4, 10)  # seconds to connect, and between two pieces of an answer
-PATIENCE = 8  # seconds after which a server that has not answered yet is not asked again
-RETRIES = 4  # so many failures in a row that brought nothing new are borne, the next is the last
-BACKOFF = 0.5  # seconds before the first retry, doubled for each one after it
-MAX_WAIT = 30  # seconds, at most, that a server's Retry-After is heeded
-TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may be gone when asked again
+PATIENCE = 8  # seconds after which a server that has never answered is given up
+RETRIES = 4  # in a row without progress
+BACKOFF = 0.5  # seconds before the first retry, doubled for each further one
+MAX_WAIT = 30  # seconds: longer ones that a server asks for (Retry-After) are cut to this
+TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that are worth a retry
 
-
-_DATA = ".data-00000-of-00001"  # after the checkpoint's name: the one file of data that OpenAI's have
-_RECORD = ".layout.json"  # after the checkpoint's name: how its data file was found to be laid out; can be deleted
-_REPLACE = "delete it and run again (a published size is then downloaded anew), or put an intact one in its place"
+_REPLACE = "replace it with an intact copy (files of a published model can be deleted: they are downloaded again)"
 
 
 # Downloading
 
 
-class _Retry(Exception):
-    """A failure that the next request may not meet. `wait`: seconds until then, None if the server did not answer."""
-
-    def __init__(self, reason: str, wait: float | None = 0):
-        super().__init__(reason)
-        self.wait = wait
-
-
 def download_gpt2_files(model_size: str, model_dir: str) -> None:
-    """Download what is missing of a published model's seven files into model_dir, which is made if need be.
+    """Download the missing ones of a published model's seven files into model_dir, which is created if necessary.
 
-    A file stands under its name only when it is whole and verified: by its length, by Content-MD5 where the server
-    sends it, by SHA-256 where one is published. What an interruption leaves (`*.part`) the next call goes on from.
-    Of several processes at once one downloads and the others wait for it (not on Windows).
+    A file gets its final name only after verification: of its length, of Content-MD5 if the server sends it, and of
+    SHA-256 if one is published. An interrupted download leaves `*.part` files, and the next call resumes them. If
+    several processes download at once, one does the work and the others wait for it (not on Windows).
 
-    Environment: GPT2_BASE_URL, the address of a mirror ($GPT2_BASE_URL/{model_size}/{file}) instead of OpenAI's;
-    GPT2_ALLOW_UNVERIFIED=1, no SHA-256, for a server that holds other weights under a published name.
+    Environment variables: GPT2_BASE_URL is the address of a mirror, with files at $GPT2_BASE_URL/{model_size}/{file}.
+    GPT2_ALLOW_UNVERIFIED=1 skips SHA-256, for a server that has other weights under a published name.
 
-    Raises ValueError for another model_size, ConnectionError where the server does not give a file, or not the right
-    one, and another OSError where it cannot be written.
+    Raises ValueError for an unknown model_size, ConnectionError if the server does not send a file or sends a wrong
+    one, and another OSError if a file cannot be written.
     """
     if model_size not in MODEL_SIZES:
-        raise ValueError(f"no model {model_size!r} is published, only {', '.join(MODEL_SIZES)}")
+        raise ValueError(f"there is no published model {model_size!r}, only {', '.join(MODEL_SIZES)}")
     if all(os.path.isfile(os.path.join(model_dir, name)) for name in FILES):
         return
     import requests
 
-    base_url = os.environ.get("GPT2_BASE_URL", BASE_URL).rstrip("/")
-    if not base_url.startswith(("https://", "http://")):
-        raise ValueError(f"GPT2_BASE_URL is {base_url!r}; it must begin with https:// or http://")
-    verified = os.environ.get("GPT2_ALLOW_UNVERIFIED", "0") in ("", "0")
-    if not verified:
-        print(f"warning: GPT2_ALLOW_UNVERIFIED is set, SHA-256 is not checked in {model_dir}", file=sys.stderr)
-    os.makedirs(model_dir, exist_ok=True)
+    base_url = (os.environ.get("GPT2_BASE_URL") or BASE_URL).rstrip("/")
+    if not base_url.lower().startswith(("https://", "http://")):
+        raise ValueError(f"GPT2_BASE_URL must begin with https:// or http://, got {base_url!r}")
+    if _unverified():
+        print(f"warning: GPT2_ALLOW_UNVERIFIED is set: SHA-256 is not checked in {model_dir}", file=sys.stderr)
     with _alone_in(model_dir), requests.Session() as session:
-        if base_url.startswith("https://"):
-            del session.adapters["http://"]  # so that no redirect leaves https
+        if base_url.lower().startswith("https://"):
+            del session.adapters["http://"]  # no redirect may lead from https to http
         for name in FILES:
-            known = verified and (model_size == "124M" or name in IN_EVERY_SIZE)
+            is_known = not _unverified() and (model_size == "124M" or name in IN_EVERY_SIZE)
             path = os.path.join(model_dir, name)
             if not os.path.isfile(path):
-                _fetch(session, f"{base_url}/{model_size}/{name}", path, sha256=FILES[name] if known else None)
+                _fetch(session, f"{base_url}/{model_size}/{name}", path, sha256=FILES[name] if is_known else None)
             _discard(path + ".part")
+
+
+def _unverified() -> bool:
+    return os.environ.get("GPT2_ALLOW_UNVERIFIED", "0") not in ("", "0")
 
 
 @contextlib.contextmanager
 def _alone_in(folder: str):
-    """Keep other processes waiting here for the same folder. The lock is on the folder itself: it leaves no file."""
+    """Create the folder and make other processes wait for it (not on Windows). Remove it in the end if it is empty."""
+    created = [path for path in (folder, os.path.dirname(folder)) if path and not os.path.isdir(path)]
+    os.makedirs(folder, exist_ok=True)
+    descriptor = None
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another download into {folder}", file=sys.stderr)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            pass
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)  # the lock is on the folder itself and leaves no file
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another download into {folder}", file=sys.stderr)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError:  # a file system without locks
+                pass
         yield
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
+        with contextlib.suppress(OSError):  # not empty
+            for path in created:
+                os.rmdir(path)
 
 
 def _fetch(session, url: str, path: str, sha256: str | None) -> None:
-    """Download url to path in as many requests as it takes, as long as they get on."""
+    """Download url to path, in as many requests as it takes, as long as they make progress. Then verify it."""
+    import requests
+
     part = path + ".part"
-    started, failures, size = time.monotonic(), 0, _size(part)
-    answered = False
+    started, failures, size, answered = time.monotonic(), 0, _size(part), False
     while True:
         try:
             md5 = _request(session, url, part)
             break
-        except OSError as error:
-            if error.errno and not error.filename:  # a write that fails when the file is closed does not say where
-                error.filename = part
-            raise
-        except _Retry as error:
-            answered = answered or error.wait is not None or _size(part) > size
-            failures = 0 if _size(part) > size else failures + 1
-            size = max(size, _size(part))
+        except requests.RequestException as error:
+            progress = _size(part) > size
+            answered = answered or progress or error.response is not None
+            failures, size = 0 if progress else failures + 1, max(size, _size(part))
             if failures > RETRIES or (not answered and time.monotonic() - started > PATIENCE):
                 hint = "" if answered else "; --model_size tiny needs no network"
-                raise ConnectionError(f"cannot download {url}: {error}{hint}") from None
-            time.sleep(max(error.wait or 0, BACKOFF * 2 ** max(failures - 1, 0)))
+                raise ConnectionError(f"cannot download {url}: {_reason(error)}{hint}") from None
+            wait = error.response.headers.get("Retry-After", "") if error.response is not None else ""
+            wait = min(int(wait), MAX_WAIT) if wait.isdecimal() else 0
+            time.sleep(max(wait, BACKOFF * 2 ** max(failures - 1, 0)))
+        except OSError as error:
+            if error.errno and not error.filename:  # a failed write does not name the file
+                error.filename = part
+            raise
     for algorithm, expected in ("md5", md5), ("sha256", sha256):
         if expected and (found := _digest(part, algorithm)) != expected:
             _discard(part)
@@ -148,13 +155,14 @@ def _fetch(session, url: str, path: str, sha256: str | None) -> None:
 
 
 def _request(session, url: str, part: str) -> str | None:
-    """Ask once for what part lacks of url and append it. Returns the MD5 that the server states, in hexadecimal.
+    """Ask once for the missing rest of url and append it to part. Returns the MD5 that the server states, in hex.
 
-    The version that part is of (its ETag or date, for If-Range) stands beside it, so that two are never joined.
+    part.version holds the ETag or date of the version that part belongs to (for If-Range): two are never joined.
+    Raises requests.RequestException if a retry may help, ConnectionError if not.
     """
     import requests
 
-    # The last byte once more: then there is something to ask for, and an answer to check, if part lacks nothing.
+    # Ask for the last byte again. Then there is something to ask for, and an answer to check, if part is complete.
     offset, version, headers = max(_size(part) - 1, 0), None, {"Accept-Encoding": "identity"}
     if offset and os.path.isfile(part + ".version"):
         with open(part + ".version", encoding="latin-1") as file:
@@ -165,75 +173,67 @@ def _request(session, url: str, part: str) -> str | None:
         with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
             length = _expected_length(response, url, part, offset, version)
             if response.status_code == 200:
+                offset = 0
                 _discard(part)
                 if _version(response):
                     with open(part + ".version", "w", encoding="latin-1") as file:
                         file.write(_version(response))
-            else:
-                os.truncate(part, offset)
-            _append(response.iter_content(CHUNK_BYTES), part, length)
+            name = os.path.basename(part).removesuffix(".part")
+            bar = progress_bar(desc=name, initial=offset, total=length, unit="B", unit_scale=True)
+            with open(part, "ab") as file, bar:
+                file.truncate(offset)
+                for chunk in response.iter_content(CHUNK_BYTES):
+                    file.write(chunk)
+                    file.flush()
+                    bar.update(len(chunk))
+                os.fsync(file.fileno())
+            if _size(part) != length:
+                raise requests.ConnectionError(f"only {_size(part)} of {length} bytes came", response=response)
             md5 = response.headers.get("x-ms-blob-content-md5")
-            if response.status_code == 200:  # that of a 206 is of the rest only (RFC 2616, 14.15)
+            if response.status_code == 200:  # that of a 206 covers only the rest (RFC 2616, 14.15)
                 md5 = md5 or response.headers.get("Content-MD5")
-            md5 = base64.b64decode(md5).hex() if md5 else None
-    except (requests.TooManyRedirects, ValueError) as error:  # ValueError: an address or a header that makes no sense
+            return base64.b64decode(md5).hex() if md5 else None
+    except (requests.TooManyRedirects, ValueError) as error:  # ValueError: an unusable address or header
         raise ConnectionError(f"cannot download {url}: {error}") from None
-    except requests.RequestException as error:
-        inner = error.args[0] if error.args else error
-        inner = getattr(inner, "reason", inner)
-        inner, proxy = getattr(inner, "original_error", inner), "the proxy: " * hasattr(inner, "original_error")
-        raise _Retry(proxy + re.sub(r"^\w+\(.*?\): ", "", str(inner)), wait=None) from None  # less the object's name
-    if length not in (None, _size(part)):
-        raise _Retry(f"{_size(part)} bytes came of {length}")
-    return md5
 
 
-def _expected_length(response, url: str, part: str, offset: int, version: str | None) -> int | None:
-    """Return how long the whole file is, None where only the end of the answer will tell.
+def _expected_length(response, url: str, part: str, offset: int, version: str | None) -> int:
+    """Return the length of the whole file. Raises as _request does if the answer is not (the rest of) the file."""
+    import requests
 
-    Raises _Retry or ConnectionError where the answer is not (the rest of) the file.
-    """
     status, headers = response.status_code, response.headers
     if status in (206, 416) and version:
-        goes_on = re.fullmatch(rf"bytes {offset}-\d+/(\d+)", headers.get("Content-Range", ""))
-        if status == 206 and goes_on and _version(response) in (None, version):
-            return int(goes_on[1])
+        content_range = re.fullmatch(rf"bytes {offset}-\d+/(\d+)", headers.get("Content-Range", ""), re.IGNORECASE)
+        if status == 206 and content_range and _version(response) in (None, version):
+            return int(content_range[1])
         _discard(part)
-        raise _Retry("the server does not go on from where an earlier answer ended")
+        raise requests.HTTPError("the server does not resume where the last answer ended", response=response)
     if status in TRANSIENT:
-        retry_after = headers.get("Retry-After", "")
-        raise _Retry(f"HTTP status {status}", wait=min(int(retry_after), MAX_WAIT) if retry_after.isdecimal() else 0)
+        raise requests.HTTPError(f"HTTP status {status}", response=response)
     if status != 200:
-        raise ConnectionError(f"cannot download {url}: HTTP status {status} ({response.reason})")
-    if headers.get("Content-Type", "").startswith("text/html"):
-        raise ConnectionError(f"cannot download {url}: a web page came in its place; does this network want a login?")
-    if headers.get("Content-Encoding", "identity") != "identity":
-        raise ConnectionError(f"cannot download {url}: it came compressed though asked for as it is")
-    if "Content-Length" in headers:
+        problem = f"HTTP status {status} ({response.reason})"
+    elif headers.get("Content-Type", "").lower().startswith("text/html"):
+        problem = "the answer is a web page; does this network require a login?"
+    elif headers.get("Content-Encoding", "identity").lower() != "identity":
+        problem = "the answer is compressed, although it should not be"
+    elif not headers.get("Content-Length", "").isdecimal() or "Transfer-Encoding" in headers:
+        problem = "the server does not state the length"
+    else:
         return int(headers["Content-Length"])
-    if headers.get("Transfer-Encoding") != "chunked":
-        raise ConnectionError(f"cannot download {url}: the server does not say how long it is")
-    return None
+    raise ConnectionError(f"cannot download {url}: {problem}")
 
 
 def _version(response) -> str | None:
-    etag = response.headers.get("ETag", "")  # W/"..." would not promise the same bytes
+    etag = response.headers.get("ETag", "")  # a weak one, W/"...", does not promise the same bytes
     return etag if etag.startswith('"') else response.headers.get("Last-Modified")
 
 
-def _append(chunks, part: str, length: int | None) -> None:
-    from tqdm import tqdm
-
-    name, done = os.path.basename(part).removesuffix(".part"), _size(part)
-    with (
-        open(part, "ab") as file,
-        tqdm(desc=name, initial=done, total=length, unit="B", unit_scale=True, disable=None) as bar,
-    ):
-        for chunk in chunks:
-            file.write(chunk)
-            file.flush()
-            bar.update(len(chunk))
-        os.fsync(file.fileno())
+def _reason(error) -> str:
+    """What went wrong, without the names of urllib3's objects around it."""
+    inner = error.args[0] if error.args else error
+    inner = getattr(inner, "reason", inner)
+    inner, proxy = getattr(inner, "original_error", inner), "the proxy: " * hasattr(inner, "original_error")
+    return proxy + re.sub(r"^\w+\(.*?\): ", "", str(inner))
 
 
 def _size(path: str) -> int:
@@ -243,7 +243,7 @@ def _size(path: str) -> int:
 def _digest(path: str, algorithm: str) -> str:
     digest = hashlib.new(algorithm, usedforsecurity=False)
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
+        while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -258,69 +258,79 @@ def _discard(part: str) -> None:
 
 
 def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[Encoder, dict, dict]:
-    """Load the model in models_dir/model_size -> (encoder, hparams, params), downloaded first if it is a published one.
+    """Load the model in the folder models_dir/model_size -> (encoder, hparams, params).
 
-    Any folder that holds a checkpoint is loaded, whatever its name; a fine-tuned one (`model-1000.*`) too. hparams is
-    what hparams.json says, a dict; params is described at load_gpt2_params_from_tf_ckpt.
+    A published model is downloaded first. Any other folder holds a TensorFlow checkpoint in OpenAI's layout (a
+    fine-tuned one is called model-1000 or the like) or a Hugging Face model. hparams is a dict of n_vocab, n_ctx,
+    n_embd, n_head and n_layer. For params see load_gpt2_params_from_tf_ckpt.
 
-    Raises ValueError for a name that is neither there nor published and for files that do not fit together,
-    FileNotFoundError for one that is missing, and what download_gpt2_files raises.
+    Raises ValueError for an unknown model and for files that are damaged or do not fit together, FileNotFoundError for
+    a missing file, ImportError if TensorFlow is needed and missing, and what download_gpt2_files raises.
     """
     if model_size in ("", ".", "..") or re.search(r"[/\\:\0]", model_size):
-        raise ValueError(f"{model_size!r} cannot be a model's name: it must be that of a folder in {models_dir!r}")
+        raise ValueError(f"model_size must name a folder in {os.path.abspath(models_dir)}, got {model_size!r}")
     model_dir = os.path.join(models_dir, model_size)
-    tf_ckpt_path = _checkpoint_path(model_dir)
-    if model_size in MODEL_SIZES and tf_ckpt_path in (None, os.path.join(model_dir, "model.ckpt")):
-        download_gpt2_files(model_size, model_dir)
-        tf_ckpt_path = _checkpoint_path(model_dir)
-    if tf_ckpt_path is None:
-        if os.path.isdir(model_dir):
-            raise FileNotFoundError(
-                f"{os.path.join(model_dir, 'checkpoint')} is missing: is {model_dir} a model's folder?"
-            )
-        found = glob.glob(os.path.join("*", "checkpoint"), root_dir=models_dir)
-        there = ", ".join(sorted(map(os.path.dirname, found))) or "none"
-        raise ValueError(
-            f"there is no model {model_size!r}: found in {models_dir!r}: {there}; published: {', '.join(MODEL_SIZES)}"
-        )
-    encoder = get_encoder(model_size, models_dir)
-    hparams = _read_hparams(os.path.join(model_dir, "hparams.json"))
-    if len(encoder.encoder) != hparams["n_vocab"]:
-        n_vocab = f"n_vocab is {hparams['n_vocab']} in hparams.json"
-        raise ValueError(
-            f"{model_dir}: encoder.json has {len(encoder.encoder)} tokens, but {n_vocab}: one is not its own"
-        )
-    return encoder, hparams, load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams)
+    tf_ckpt_path, config_path = _checkpoint_path(model_dir), os.path.join(model_dir, "config.json")
+    is_published = model_size in MODEL_SIZES and tf_ckpt_path in (None, os.path.join(model_dir, "model.ckpt"))
+    params = None
+    if tf_ckpt_path is None and os.path.isfile(config_path):
+        hparams, params = _load_hugging_face(config_path)
+        encoder = get_encoder(model_size, models_dir)
+        params["wte"] = params["wte"][: len(encoder.decoder)]  # without rows that have no token
+        hparams["n_vocab"] = len(params["wte"])
+    else:
+        if is_published:
+            download_gpt2_files(model_size, model_dir)
+        if (tf_ckpt_path := _checkpoint_path(model_dir)) is None:
+            there = glob.glob("*/checkpoint", root_dir=models_dir) + glob.glob("*/config.json", root_dir=models_dir)
+            there = ", ".join(sorted({os.path.dirname(path) for path in there})) or "none"
+            there += f"; published: {', '.join(MODEL_SIZES)}"
+            if os.path.isdir(model_dir):
+                raise FileNotFoundError(f"{os.path.abspath(model_dir)} holds neither a checkpoint nor a config.json")
+            raise ValueError(f"there is no model {os.path.abspath(model_dir)}; models there: {there}")
+        encoder, path = get_encoder(model_size, models_dir), os.path.join(model_dir, "hparams.json")
+        hparams = _checked_hparams(_read_json(path), path)
+        if is_published and not _unverified() and _sizes(hparams) != MODEL_SIZES[model_size]:
+            raise ValueError(f"{path} does not have the values of the published {model_size}; {_REPLACE}")
+    if (n_tokens := len(encoder.decoder)) != hparams["n_vocab"]:
+        raise ValueError(f"{model_dir}: the vocabulary has {n_tokens} tokens, but n_vocab is {hparams['n_vocab']}")
+    return encoder, hparams, params or load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams)
 
 
 def _checkpoint_path(model_dir: str) -> str | None:
-    """Return the path, without its endings, of the checkpoint in model_dir; None if the `checkpoint` file is missing.
+    """Return the path, without its endings, of the checkpoint in model_dir. None if there is no `checkpoint` file.
 
-    That file is a text-format CheckpointState of TensorFlow. The folders it may name are those of whoever saved it.
+    That file is a CheckpointState of TensorFlow in protobuf's text format. It may name a folder of whoever saved it.
     """
-    path = os.path.join(model_dir, "checkpoint")
+    path, string = os.path.join(model_dir, "checkpoint"), rb"""("(?:[^"\\]|\\.)+"|'(?:[^'\\]|\\.)+')"""
     if not os.path.isfile(path):
         return None
-    with open(path, encoding="utf-8", errors="replace") as file:
-        named = re.search(r'^model_checkpoint_path: "(?:.*[/\\])?(.+)"$', file.read(), re.MULTILINE)
-    if not named:
-        raise ValueError(f"{path} does not name a checkpoint; {_REPLACE}")
-    return os.path.join(model_dir, named[1])
+    with open(path, "rb") as file:
+        named = re.search(rb"^\s*model_checkpoint_path\s*:\s*" + string, file.read(), re.MULTILINE)
+    try:
+        name = os.path.basename(named[1][1:-1].decode("unicode_escape").encode("latin-1").decode("utf-8"))
+    except (TypeError, ValueError):
+        raise ValueError(f"{path} does not name a checkpoint; {_REPLACE}") from None
+    is_there = os.path.isfile(os.path.join(model_dir, name + ".index"))
+    return os.path.join(model_dir, name if is_there else name.rpartition("\\")[2])  # it was saved on Windows
 
 
-def _read_hparams(path: str) -> dict:
+def _read_json(path: str) -> dict:
     try:
         with open(path, encoding="utf-8") as file:
-            hparams = json.load(file)
-        for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"):
-            if type(hparams[name]) is not int or hparams[name] < 1:
-                raise ValueError(f"{name} is {hparams[name]!r}, not a whole number above 0")
-        if hparams["n_embd"] % hparams["n_head"]:
-            raise ValueError(f"n_embd {hparams['n_embd']} is not a multiple of n_head {hparams['n_head']}")
-    except KeyError as error:
-        raise ValueError(f"{path} has no {error}; {_REPLACE}") from None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not right: {error}; {_REPLACE}") from None
+            return dict(json.load(file).items())
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}; {_REPLACE}") from None
+
+
+def _checked_hparams(hparams: dict, path: str) -> dict:
+    for name in HPARAMS:
+        if name not in hparams:
+            raise ValueError(f"{path} has no {name}; {_REPLACE}")
+        if type(hparams[name]) is not int or hparams[name] < 1:
+            raise ValueError(f"{path}: {name} must be a whole number, 1 or more, got {hparams[name]!r}")
+    if hparams["n_embd"] % hparams["n_head"]:
+        raise ValueError(f"{path}: n_embd {hparams['n_embd']} is not a multiple of n_head {hparams['n_head']}")
     return hparams
 
 
@@ -329,171 +339,240 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path: str, hparams: dict) -> dict:
 
     {"wte": [n_vocab, n_embd], "wpe": [n_ctx, n_embd], "blocks": [{"ln_1": {"g", "b"}, "attn": {"c_attn": {"w", "b"},
     "c_proj": {"w", "b"}}, "ln_2": {"g", "b"}, "mlp": {"c_fc": {"w", "b"}, "c_proj": {"w", "b"}}}, ...],
-    "ln_f": {"g", "b"}}, each w [n_in, n_out]. The arrays are read-only: most often they are the file itself.
+    "ln_f": {"g", "b"}}, each w [n_in, n_out]. The arrays are read-only, and mapped from the file if possible.
 
-    Variables that GPT-2 has no place for (an optimizer's) are left out. Raises ValueError for a variable that is
-    missing or has another shape than hparams say, or that does not pass TensorFlow's checksum.
+    The first load verifies the data file by its SHA-256 if that is known, else through TensorFlow. A record beside it
+    (`.verified.json`, which can be deleted) tells later loads that nothing has changed since. Variables that are not
+    GPT-2's (an optimizer's) are ignored.
+
+    Raises ValueError for a variable that is missing, has another shape than hparams say, or fails TensorFlow's
+    checksum, and FileNotFoundError for a missing file.
     """
-    data_paths = glob.glob(glob.escape(tf_ckpt_path) + ".data-*")
-    for path in tf_ckpt_path + ".index", *(data_paths or [tf_ckpt_path + _DATA]):
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path} is missing; put it there")
-    variables = _map_as_recorded(tf_ckpt_path, hparams) or _read_with_tensorflow(tf_ckpt_path, hparams)
-    params = {"blocks": [{} for _ in range(hparams["n_layer"])]}
-    for name, array in variables.items():
-        _, *keys, last = name.split("/")  # model/wte, model/ln_f/g, model/h0/attn/c_attn/w
-        place = params
-        for key in keys:
-            place = params["blocks"][int(key[1:])] if re.fullmatch(r"h\d+", key) else place.setdefault(key, {})
-        place[last] = array.reshape(array.shape[-2:])  # a w is [1, n_in, n_out] in the file
-    return params
+    tf_ckpt_path = os.fspath(tf_ckpt_path)
+    data_paths = glob.glob(glob.escape(tf_ckpt_path) + ".data-*") or [tf_ckpt_path + _DATA]
+    for path in tf_ckpt_path + ".index", *data_paths:
+        open(path, "rb").close()  # raises an OSError that names the file
+    mapped, record, known = {}, None, KNOWN_DATA.get(_sizes(hparams))
+    if data_paths == [tf_ckpt_path + _DATA]:
+        mapped, record = _map_checkpoint(tf_ckpt_path, hparams)
+    with contextlib.suppress(OSError, ValueError, RecursionError), open(tf_ckpt_path + _RECORD) as file:
+        if mapped and json.load(file) == record:
+            return _nested(mapped, hparams)
+    variables = mapped
+    if not mapped or not known or _digest(tf_ckpt_path + _DATA, "sha256") != known:
+        variables = _read_with_tensorflow(tf_ckpt_path, hparams, mapped)
+    if all(array is mapped.get(name) for name, array in variables.items()):
+        with contextlib.suppress(OSError), open(tf_ckpt_path + _RECORD, "w") as file:
+            json.dump(record, file)  # if this fails or is interrupted, the next load verifies again
+    return _nested(variables, hparams)
 
 
-def _variable_shapes(hparams: dict):
-    """Yield the (name, shape) of each variable that openai/gpt-2's model.py makes."""
-    n_embd = hparams["n_embd"]
-    yield "model/wte", (hparams["n_vocab"], n_embd)
-    yield "model/wpe", (hparams["n_ctx"], n_embd)
-    yield from _norm_shapes("model/ln_f", n_embd)
-    for block in (f"model/h{layer}" for layer in range(hparams["n_layer"])):
-        yield from _norm_shapes(f"{block}/ln_1", n_embd)
-        yield from _norm_shapes(f"{block}/ln_2", n_embd)
-        for projection, n_in, n_out in (
-            ("attn/c_attn", n_embd, 3 * n_embd),
-            ("attn/c_proj", n_embd, n_embd),
-            ("mlp/c_fc", n_embd, 4 * n_embd),
-            ("mlp/c_proj", 4 * n_embd, n_embd),
-        ):
-            yield f"{block}/{projection}/w", (1, n_in, n_out)
-            yield f"{block}/{projection}/b", (n_out,)
+def _map_checkpoint(tf_ckpt_path: str, hparams: dict) -> tuple[dict, dict]:
+    """Map the data file -> ({name: array}, its record). There are no arrays if its size does not fit.
+
+    TensorFlow writes the variables one after another, sorted by name, so hparams determine the place of each.
+    """
+    n_vocab, n_ctx, n_embd, _, n_layer = _sizes(hparams)
+    with open(tf_ckpt_path + _DATA, "rb") as file:
+        files = {"index": os.stat(tf_ckpt_path + ".index"), "data": os.fstat(file.fileno())}
+        record = {name: [status.st_size, status.st_mtime_ns, status.st_ctime_ns] for name, status in files.items()}
+        record["hparams"] = list(_sizes(hparams))
+        if record["data"][0] != 4 * n_embd * (n_vocab + n_ctx + 2 + n_layer * (12 * n_embd + 13)):
+            return {}, record
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    arrays, offset = {}, 0
+    for name, shape in sorted(_variable_shapes(hparams)):
+        arrays[name] = np.frombuffer(mapped, np.float32, math.prod(shape), offset).reshape(shape)
+        offset += arrays[name].nbytes
+    return arrays, record
 
 
-def _norm_shapes(name: str, n_embd: int):
-    yield f"{name}/g", (n_embd,)
-    yield f"{name}/b", (n_embd,)
+def _variable_shapes(hparams: dict, n_inner: int | None = None):
+    """Yield the (name, shape) of each variable of openai/gpt-2's model.py. n_inner is 4 * n_embd by default."""
+    n_vocab, n_ctx, n, _, n_layer = _sizes(hparams)
+    n_inner = n_inner or 4 * n
+    yield from {"model/wte": (n_vocab, n), "model/wpe": (n_ctx, n), "model/ln_f/g": (n,), "model/ln_f/b": (n,)}.items()
+    block = {"ln_1/g": (n,), "ln_1/b": (n,), "attn/c_attn/w": (1, n, 3 * n), "attn/c_attn/b": (3 * n,)}
+    block |= {"attn/c_proj/w": (1, n, n), "attn/c_proj/b": (n,), "ln_2/g": (n,), "ln_2/b": (n,)}
+    block |= {"mlp/c_fc/w": (1, n, n_inner), "mlp/c_fc/b": (n_inner,), "mlp/c_proj/w": (1, n_inner, n)}
+    block |= {"mlp/c_proj/b": (n,)}
+    for layer in range(n_layer):
+        yield from ((f"model/h{layer}/{name}", shape) for name, shape in block.items())
 
 
-def _gpt2_variables(found: dict, hparams: dict, tf_ckpt_path: str) -> list[str]:
-    """Return the names of GPT-2's variables when all are in found ({name: shape}); raise ValueError at the first that
-    is not, before wrong hparams can ask for more than there is."""
+def _checked_names(found: dict, hparams: dict, where: str, n_inner: int | None = None) -> list[str]:
+    """Return the names of GPT-2's variables. Raise ValueError if found, {name: shape}, does not have them all."""
     names = []
-    for name, shape in _variable_shapes(hparams):
-        if name not in found:
-            raise ValueError(
-                f"{tf_ckpt_path} has no variable {name}, of shape {list(shape)} by hparams.json; {_REPLACE}"
-            )
-        if tuple(found[name]) != shape:
-            wrong = f"{tf_ckpt_path}: the variable {name} has shape {list(found[name])}"
-            raise ValueError(f"{wrong}, but {list(shape)} by hparams.json; {_REPLACE}")
+    for name, shape in _variable_shapes(hparams, n_inner):
+        if name not in found or tuple(found[name]) not in (shape, shape[-2:]):
+            problem = f"has shape {list(found[name])}" if name in found else "is missing"
+            raise ValueError(f"{where}: {name} {problem}, but by the model's sizes its shape is {list(shape)}")
         names.append(name)
+    if any(name.startswith(f"model/h{hparams['n_layer']}/") for name in found):
+        raise ValueError(f"{where} has more layers than n_layer, which is {hparams['n_layer']}")
     return names
 
 
-def _read_with_tensorflow(tf_ckpt_path: str, hparams: dict) -> dict[str, np.ndarray]:
-    """Read GPT-2's variables through TensorFlow, which verifies the checksum of each -> {name: array}.
+def _nested(variables: dict, hparams: dict) -> dict:
+    """{"model/h0/attn/c_attn/w": array, ...} -> {"blocks": [{"attn": {"c_attn": {"w": array, ...}}}]}."""
+    params = {"blocks": [{} for _ in range(hparams["n_layer"])]}
+    for name, array in variables.items():
+        _, *keys, last = name.split("/")
+        place = params
+        for key in keys:
+            place = params["blocks"][int(key[1:])] if re.fullmatch(r"h\d+", key) else place.setdefault(key, {})
+        array.flags.writeable = False
+        place[last] = array.reshape(array.shape[-2:])  # a w is [1, n_in, n_out] in a checkpoint
+    return params
 
-    Each that stands in the data file where a plain concatenation of all variables, in the order of their names, has
-    it is taken from the mapped file instead. If that is true of all of them it is recorded for the next load.
+
+# TensorFlow
+
+
+def _read_with_tensorflow(tf_ckpt_path: str, hparams: dict, mapped: dict) -> dict[str, np.ndarray]:
+    """Read GPT-2's variables through TensorFlow, which verifies their checksums -> {name: array}.
+
+    Where mapped has an equal array, that one is returned.
     """
-    from tqdm import tqdm
-
+    for name, value in ("TF_CPP_MIN_LOG_LEVEL", "3"), ("TF_ENABLE_ONEDNN_OPTS", "0"):  # or it prints many lines
+        os.environ.setdefault(name, value)
     try:
-        with _no_stderr():
-            import tensorflow as tf
+        import tensorflow as tf
     except ImportError as error:
-        raise ImportError(f"the first load of a checkpoint needs TensorFlow ({error}): see requirements.txt") from None
-    damaged = tf_ckpt_path + ".index"
+        needed = f"TensorFlow must verify {tf_ckpt_path} on its first load, but cannot be imported ({error})"
+        raise ImportError(f"{needed}; install it with: pip install -r requirements.txt") from None
+    damaged, variables = tf_ckpt_path + ".index", {}
     try:
         with _without_wildcards(tf_ckpt_path) as path:
-            with _no_stderr():
-                reader = tf.train.load_checkpoint(path)
-            found, types = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
-            dtypes = {name: np.dtype(types[name].as_numpy_dtype).name for name in sorted(found)}
-            layout = {name: " ".join([dtype, *map(str, found[name])]) for name, dtype in dtypes.items()}
-            identity, mapped = _map_variables(tf_ckpt_path + _DATA, layout)
-            variables, damaged = {}, tf_ckpt_path + _DATA
-            for name in tqdm(_gpt2_variables(found, hparams, tf_ckpt_path), desc="first load", disable=None):
+            reader = tf.train.load_checkpoint(path)
+            names = _checked_names(reader.get_variable_to_shape_map(), hparams, tf_ckpt_path)
+            damaged = " or ".join(sorted(glob.glob(glob.escape(tf_ckpt_path) + ".data-*")))
+            for name in progress_bar(names, "first load"):
                 variables[name] = np.asarray(reader.get_tensor(name), np.float32)
-                variables[name].flags.writeable = False
                 if name in mapped and np.array_equal(variables[name].view(np.uint32), mapped[name].view(np.uint32)):
                     variables[name] = mapped[name]
     except (tf.errors.OpError, RuntimeError, IndexError) as error:  # IndexError: the data ends too early
-        raise ValueError(f"{damaged} is damaged: {str(error).splitlines()[0]}; {_REPLACE}") from None
-    if all(array is mapped.get(name) for name, array in variables.items()):
-        _write_record(tf_ckpt_path, {"data_file": identity, "variables": layout})
+        reason = str(error).splitlines()[0]
+        if "No such file" in reason:  # one of several data files
+            raise FileNotFoundError(reason) from None
+        raise ValueError(f"{damaged} is damaged: {reason}; {_REPLACE}") from None
     return variables
 
 
 @contextlib.contextmanager
-def _no_stderr():
-    """Send what is written to file descriptor 2 nowhere: TensorFlow's start-up chatter comes from C++, past Python."""
-    if sys.stderr is None:  # closed
-        yield
-        return
-    sys.stderr.flush()
-    saved = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-
-
-@contextlib.contextmanager
 def _without_wildcards(path: str):
-    """Lead to path by a link where it holds a [ or *, which TensorFlow would take for a wildcard."""
-    if glob.escape(path) == path:
+    """Yield path, or that of links to its files if TensorFlow would find wildcards or escapes in path."""
+    if not re.search(r"[*?\[\]\\]", path.replace(os.sep, "/")):
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
-        os.symlink(os.path.dirname(os.path.abspath(path)), os.path.join(folder, "link"))
-        yield os.path.join(folder, "link", os.path.basename(path))
+        for file in glob.glob(glob.escape(path) + ".*"):
+            os.symlink(os.path.abspath(file), os.path.join(folder, "model" + file[len(path) :]))
+        yield os.path.join(folder, "model")
 
 
-def _map_variables(data_path: str, layout: dict[str, str]) -> tuple[dict[str, int], dict[str, np.ndarray]]:
-    """Map the data file, read-only -> (what tells it from another, {name: array}).
+# Hugging Face
 
-    layout: {name: "dtype size ..."}, with the sizes of the variable's axes. The variables come one after another in
-    the order of layout; where the file can't be so, there are none.
-    """
-    identity, variables, offset = {}, {}, 0
+# The values of config.json with which the computation is the one here. The first is the default.
+_CONFIG = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+           "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
+           "add_cross_attention": (False,), "tie_word_embeddings": (True,)}  # fmt: skip
+_CONFIG_SIZES = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}  # the defaults
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # BF16 is the upper half of a float32
+_CONVERT = "convert a pickle (*.bin) with transformers: AutoModelForCausalLM.from_pretrained(F).save_pretrained(F)"
+
+
+def _load_hugging_face(config_path: str) -> tuple[dict, dict]:
+    """Load config.json and the *.safetensors beside it -> (hparams, params). Maps float32, converts other types."""
+    config, model_dir = _read_json(config_path), os.path.dirname(config_path)
+    for key, values in _CONFIG.items():
+        if config.get(key, values[0]) not in values:
+            raise ValueError(f"{config_path}: {key} {config[key]!r} is not supported, only {values[0]!r}")
+    config = {"n_positions": config.get("n_ctx", 1024)} | config
+    sizes = [config.get(key, default) for key, default in _CONFIG_SIZES.items()]
+    hparams = _checked_hparams(dict(zip(HPARAMS, sizes, strict=True)), config_path)
+    tensors = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(model_dir), "*.safetensors"))):
+        for name, tensor in _read_safetensors(path).items():
+            if tensors.setdefault(_our_name(name), tensor) is not tensor:
+                raise ValueError(f"{path} holds the tensor {name} for the second time in this folder")
+    if not tensors:  # a pickle is never opened: it can run code
+        raise FileNotFoundError(f"{os.path.abspath(model_dir)} holds no *.safetensors; {_CONVERT}")
+    names = _checked_names(
+        {name: tensor[3] for name, tensor in tensors.items()}, hparams, model_dir, config.get("n_inner")
+    )
+    variables = {name: _array(*tensors[name]) for name in names}
+    head = tensors.get("lm_head/w")
+    if head and not np.array_equal(_array(*head), variables["model/wte"]):
+        raise ValueError(f"{head[0]}: lm_head.weight differs from wte.weight, which is not supported")
+    return hparams, _nested(variables, hparams)
+
+
+def _our_name(name: str) -> str:
+    """h.0.attn.c_attn.weight, with or without transformer. before it -> model/h0/attn/c_attn/w."""
+    name = re.sub(r"^(transformer\.)?(h\.|wte|wpe|ln_f)", r"model.\2", name).replace(".h.", ".h").replace(".", "/")
+    name = re.sub(r"(wte|wpe)/weight$", r"\1", name).removesuffix("eight").removesuffix("ias")
+    return re.sub(r"(ln_.)/w$", r"\1/g", name)
+
+
+def _read_safetensors(path: str) -> dict[str, tuple]:
+    """Read the header of a file -> {name: (path, bytes of the file, dtype, shape, begin, end)}. Nothing is trusted."""
     try:
-        with open(data_path, "rb") as file:
-            status = os.fstat(file.fileno())
-            identity = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        for name, description in layout.items():
-            dtype, *sizes = description.split()
-            shape = tuple(map(int, sizes))
-            variables[name] = np.frombuffer(mapped, dtype, math.prod(shape), offset).reshape(shape)
-            offset += variables[name].nbytes
-    except (OSError, TypeError, ValueError):
-        return identity, {}
-    return identity, variables if offset == len(mapped) else {}
+        with open(path, "rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = end = 8 + int.from_bytes(content[:8], "little")  # 8 bytes: the length of the JSON after them
+        is_valid, tensors = 8 < start <= min(len(content), 100_000_000), {}
+        text = content[8:start].decode("utf-8") if is_valid else "{}"
+        header = json.loads(text, object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else 0)
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            (begin, stop), shape = entry["data_offsets"], entry["shape"]
+            is_valid &= set(map(type, (begin, stop, *shape))) == {int} and min(stop - begin, *shape, 0) >= 0
+            is_valid &= start + begin == end  # no gap, no overlap
+            end = start + stop
+            tensors[name] = path, content, entry["dtype"], tuple(shape), start + begin, end
+        if is_valid and end == len(content):
+            return tensors
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{path} is damaged: its header is not valid; {_REPLACE}")
 
 
-def _map_as_recorded(tf_ckpt_path: str, hparams: dict) -> dict[str, np.ndarray] | None:
-    """Map GPT-2's variables as an earlier load found and recorded them; None without a record of this very file."""
+def _array(path: str, content: mmap.mmap, dtype: str, shape: tuple, begin: int, end: int) -> np.ndarray:
+    """Return a tensor as a float32 array, mapped if it is stored so and aligned."""
+    if dtype not in tuple(_DTYPES):
+        raise ValueError(f"{path}: tensors of type {dtype!r} are not supported, only {', '.join(_DTYPES)}")
+    if end - begin != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
+        raise ValueError(f"{path} is damaged: a tensor of shape {list(shape)} has {end - begin} bytes; {_REPLACE}")
+    array = np.frombuffer(content, _DTYPES[dtype], math.prod(shape), begin).reshape(shape)
+    if dtype == "BF16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return np.require(array, np.float32, "A")
+
+
+# The terminal
+
+
+@contextlib.contextmanager
+def robust_streams():
+    """Let a command run with standard streams that are closed, cannot be written, or cannot show a character."""
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:  # closed: the next file to be opened would take its place
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")
     try:
-        with open(tf_ckpt_path + _RECORD, encoding="utf-8") as file:
-            record = json.load(file)
-        identity, mapped = _map_variables(tf_ckpt_path + _DATA, record["variables"])
-        if not mapped or identity != record["data_file"]:
-            return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-    shapes = {name: array.shape for name, array in mapped.items()}
-    return {name: mapped[name] for name in _gpt2_variables(shapes, hparams, tf_ckpt_path)}
+        yield
+    finally:
+        for stream in sys.stdout, sys.stderr:
+            try:
+                stream.flush()
+            except OSError:  # it would fail again at exit, and change the exit status
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _write_record(tf_ckpt_path: str, record: dict) -> None:
-    temporary = f"{tf_ckpt_path}{_RECORD}.{os.getpid()}"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
-        os.replace(temporary, tf_ckpt_path + _RECORD)
-    except OSError:  # a folder that cannot be written: the next load asks TensorFlow again
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+def progress_bar(*args, **kwargs):
+    """tqdm's bar on standard error if that is a terminal, else one that shows nothing."""
+    from tqdm import tqdm
+
+    shown = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+    return tqdm(*args, disable=not shown, **kwargs)
