@@ -1,12 +1,14 @@
-#!/usr/bin/env python3
-"""Train a small GPT-2 and its vocabulary from any UTF-8 text, saved as OpenAI saved theirs.
+"""Train a small GPT-2 and its vocabulary on any UTF-8 text and save them in OpenAI's layout.
 
-    python tests/train_tiny.py my.txt models/mine
+    python -m examples.train my.txt models/mine
+    python gpt2.py "Once" --model_size mine
 
-The end of the text is held out: nothing is learnt from it, and of the weights seen while training, those that
-predict it best are saved. Anyone can compute their loss again from the saved files: take the ids of the held-out
-part in windows of n_ctx + 1, each beginning with the last id of the one before (the last window may be shorter),
-predict every id of a window but its first, and average -log p over all predictions.
+Run it in the repository's folder. models/tiny was made so, on tiny Shakespeare. `--help` lists the options.
+
+The end of the text is held out: the model is not trained on it, and the weights that predict it best are saved. To
+compute their loss from the saved files, cut the ids of the held-out text into windows of n_ctx + 1 ids, each of which
+begins with the last id of the one before (the last window may be shorter). Predict every id of a window but its first,
+and average -log p over all predictions.
 """
 
 import argparse
@@ -27,17 +29,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from encoder import BYTE_CHARS, WORD
 
-# shapes: B windows in a batch, T tokens in each, C = n_embd, H = n_head, D = C / H, V = n_vocab
+# Shapes: B windows in a batch, T tokens in each, C = n_embd, H = n_head, D = C / H, V = n_vocab
 
 
-# ---- vocabulary
+# The vocabulary
 
 
 def merge(symbols, pair):
-    """
+    """Join the pair wherever it occurs.
+
     >>> merge("hehehh", ("h", "e"))
     ['he', 'he', 'h', 'h']
     """
@@ -51,7 +53,7 @@ def merge(symbols, pair):
 
 
 def train_bpe(text, n_merges):
-    """The n_merges most frequent pairs, each found after those before it were merged (Sennrich et al. 2016)."""
+    """Find the n_merges merges: each is the most frequent pair after the merges before it (Sennrich et al., 2016)."""
     words = Counter(WORD.findall(text))
     splits = {word: [BYTE_CHARS[byte] for byte in word.encode("utf-8")] for word in words}
     counts, words_with = Counter(), defaultdict(set)
@@ -65,10 +67,10 @@ def train_bpe(text, n_merges):
         count_pairs(word, 1)
     merges = []
     while len(merges) < n_merges:
-        # of equal counts the smaller pair, so that a text has one vocabulary
+        # Among equal counts take the smallest pair, so that the same text always gives the same vocabulary.
         pair = min(counts, key=lambda pair: (-counts[pair], pair), default=None)
         if counts[pair] < 2:
-            sys.exit(f"the text is too small for that vocabulary: --n_vocab can be at most {len(merges) + 257}")
+            sys.exit(f"the text is too small for this vocabulary: --n_vocab can be at most {len(merges) + 257}")
         merges.append(pair)
         for word in words_with.pop(pair):
             count_pairs(word, -1)
@@ -78,13 +80,15 @@ def train_bpe(text, n_merges):
 
 
 class Tokenizer:
+    """Byte-level BPE with BPE-dropout, which encoder.py does not need."""
+
     def __init__(self, merges):
         self.tokens = [*sorted(BYTE_CHARS), *("".join(pair) for pair in merges), "<|endoftext|>"]
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
 
     def split(self, word, skip=0.0):
-        """Ids of one word. With skip, merges are left out at random (BPE-dropout, Provilkov et al. 2020)."""
+        """The ids of one word. skip: the probability of leaving out a merge (BPE-dropout, Provilkov et al., 2020)."""
         symbols = [BYTE_CHARS[byte] for byte in word.encode("utf-8")]
         while True:
             pairs = [pair for pair in itertools.pairwise(symbols) if pair in self.ranks and random.random() >= skip]
@@ -93,7 +97,7 @@ class Tokenizer:
             symbols = merge(symbols, min(pairs, key=self.ranks.get))
 
     def encode(self, text, skip=0.0):
-        # a frequent word must not look the same for a whole pass, or the model unlearns how else it looks
+        # With skip, split every occurrence anew: the model should see several splits of a frequent word in each pass.
         split = functools.partial(self.split, skip=skip) if skip else functools.cache(self.split)
         return np.array([i for word in WORD.findall(text) for i in split(word)], np.int32)
 
@@ -101,11 +105,11 @@ class Tokenizer:
         return bytes(BYTE_CHARS.index(symbol) for i in ids for symbol in self.tokens[i])
 
 
-# ---- the model, with weights as a flat dictionary: checkpoint name -> array
+# The model in TensorFlow. `weights` is {name in the checkpoint: variable}.
 
 
 def initial_weights(hparams, rng):
-    """As in the GPT-2 paper: the projections that add to the residual stream start smaller, the more of them."""
+    """As in the GPT-2 paper: the more layers, the smaller the projections that add to the residual stream."""
     n_vocab, n_ctx, n_embd, _, n_layer = hparams.values()
     weights, norms = {}, ["model/ln_f"]
     weights["model/wte"] = rng.normal(0, 0.02, [n_vocab, n_embd])
@@ -144,8 +148,10 @@ def attention(x, weights, name, n_head):
     qkv = tf.reshape(linear(x, weights, f"{name}/c_attn"), [B, T, 3, n_head, C // n_head])
     q, k, v = tf.unstack(tf.transpose(qkv, [2, 0, 3, 1, 4]))  # [B, H, T, D] each
     future = np.triu(np.full([T, T], -1e10, np.float32), 1)
-    share = tf.nn.softmax(tf.matmul(q, k, transpose_b=True) / math.sqrt(C // n_head) + future)  # [B, H, T, T]
-    x = tf.reshape(tf.transpose(share @ v, [0, 2, 1, 3]), [B, T, C])
+    attention_weights = tf.nn.softmax(
+        tf.matmul(q, k, transpose_b=True) / math.sqrt(C // n_head) + future
+    )  # [B, H, T, T]
+    x = tf.reshape(tf.transpose(attention_weights @ v, [0, 2, 1, 3]), [B, T, C])
     return linear(x, weights, f"{name}/c_proj")
 
 
@@ -162,16 +168,16 @@ def gpt2(ids, weights, hparams, dropout=0.0):
 
 
 def summed_loss(windows, weights, hparams, dropout=0.0):
-    """-log p in nats of every id in [B, T + 1] but each row's first, summed."""
+    """The sum of -log p, in nats, of all ids in windows [B, T + 1] but the first of each row."""
     logits = gpt2(windows[:, :-1], weights, hparams, dropout)
     return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(windows[:, 1:], logits))
 
 
-# ---- training
+# Training
 
 
 def random_windows(text, tokenizer, n_ctx, skip, rng):
-    """Endless windows [n_ctx + 1] of ids; every pass over the text splits its words and cuts its windows anew."""
+    """Yield windows of ids [n_ctx + 1] without end. Each pass splits the words and places the windows anew."""
     while True:
         ids = tokenizer.encode(text, skip)
         first = rng.integers(min(n_ctx, len(ids) - n_ctx))
@@ -180,13 +186,13 @@ def random_windows(text, tokenizer, n_ctx, skip, rng):
 
 
 def train(text, held_out_ids, tokenizer, hparams, args):
-    """The weights that predicted held_out_ids best, and their loss in nats per token."""
+    """Return the weights that predict held_out_ids best, and their loss in nats per token."""
     n_ctx, rng = args.n_ctx, np.random.default_rng(args.seed)
     start = initial_weights(hparams, rng)
     weights, average = ({name: tf.Variable(value) for name, value in start.items()} for _ in range(2))
     mean, square = ({name: tf.Variable(0 * value) for name, value in start.items()} for _ in range(2))
 
-    # compiled, a step is a quarter faster: not worth the wait for a few of them
+    # A compiled step takes a quarter less time, but the compilation takes longer than a few steps.
     @tf.function(jit_compile=args.steps >= 100)
     def train_step(windows, step):
         with tf.GradientTape() as tape:
@@ -194,13 +200,13 @@ def train(text, held_out_ids, tokenizer, hparams, args):
         gradients, _ = tf.clip_by_global_norm(tape.gradient(loss, list(weights.values())), 1.0)
         warm_up = args.steps / 20
         rate = args.learning_rate * tf.minimum(step / warm_up, 0.5 + 0.5 * tf.cos(math.pi * step / args.steps))
-        for name, gradient in zip(weights, gradients, strict=True):  # AdamW (Loshchilov & Hutter 2019)
+        for name, gradient in zip(weights, gradients, strict=True):  # AdamW (Loshchilov & Hutter, 2019)
             mean[name].assign(0.9 * mean[name] + 0.1 * gradient)
             square[name].assign(0.99 * square[name] + 0.01 * gradient * gradient)
             update = mean[name] / (1 - 0.9**step) / (tf.sqrt(square[name] / (1 - 0.99**step)) + 1e-8)
             decay = args.weight_decay if weights[name].shape.rank > 1 else 0.0
             weights[name].assign_sub(rate * (update + decay * weights[name]))
-            # the average of about the last 100 steps predicts better than any one of them
+            # The average over about the last 100 steps predicts better than the weights of any single step.
             average[name].assign_add((weights[name] - average[name]) * tf.maximum(0.01, 1 / step))
         return loss
 
@@ -220,18 +226,18 @@ def train(text, held_out_ids, tokenizer, hparams, args):
                 if loss < best_loss:
                     best, best_loss = {name: value.numpy() for name, value in average.items()}, loss
     if best is None:
-        sys.exit("the loss is not a number: try a lower --learning_rate")
+        sys.exit("the loss is not a number; try a lower --learning_rate")
     return best, best_loss
 
 
 def save(model_dir, weights, tokenizer, hparams):
-    """Write the seven files of OpenAI's layout; model_dir comes into being complete or not at all."""
+    """Write the seven files in OpenAI's layout. model_dir appears only when it is complete."""
     with tempfile.TemporaryDirectory(dir=model_dir.parent, prefix=f".{model_dir.name}-") as temporary:
         files = Path(temporary) / model_dir.name
         files.mkdir()
         with tf.Graph().as_default(), tf.compat.v1.Session() as session:
             for name, value in weights.items():
-                # fed, not a constant of the graph: that would put the weights into model.ckpt.meta as well
+                # Feed the weights: as constants of the graph they would also be stored in model.ckpt.meta.
                 variable, fed = tf.compat.v1.get_variable(name, value.shape), tf.compat.v1.placeholder(tf.float32)
                 session.run(variable.assign(fed), {fed: value})
             tf.compat.v1.train.Saver(save_relative_paths=True).save(session, str(files / "model.ckpt"))
@@ -242,11 +248,11 @@ def save(model_dir, weights, tokenizer, hparams):
         files.rename(model_dir)
 
 
-# ---- measuring
+# Measurements
 
 
 def ngram_bits_per_byte(train, held_out, n_given, order=5):
-    """Bits per byte of held_out[n_given:] under an interpolated Kneser-Ney model of bytes (Chen & Goodman 1999)."""
+    """Bits per byte of held_out[n_given:] under an interpolated Kneser-Ney model of bytes (Chen & Goodman, 1999)."""
     counts, levels = Counter(train[i : i + order] for i in range(len(train) - order + 1)), []
     for n in range(order, 0, -1):
         total, kinds = Counter(), Counter()
@@ -255,7 +261,7 @@ def ngram_bits_per_byte(train, held_out, n_given, order=5):
             kinds[gram[:-1]] += 1
         once, twice = (sum(count == times for count in counts.values()) for times in (1, 2))
         levels.insert(0, (n, counts, total, kinds, once / max(1, once + 2 * twice)))
-        # below the longest n-grams, what counts is how many different bytes came before
+        # For shorter n-grams, count the different bytes that come before.
         counts = Counter(gram[1:] for gram in counts)
     bits = 0.0
     for end in range(n_given + 1, len(held_out) + 1):
@@ -275,7 +281,7 @@ def continue_greedily(ids, n_tokens, weights, hparams):
     return ids
 
 
-# ---- command line
+# The command line
 
 
 def parse_arguments():
@@ -285,19 +291,19 @@ def parse_arguments():
     parser.add_argument("text", type=Path, help="a UTF-8 text file")
     parser.add_argument("model_dir", type=Path, help="the folder to create")
     for name, default, meaning in (
-        ("n_vocab", 1024, "tokens: 256 bytes, the merges, and <|endoftext|>"),
-        ("n_ctx", 256, "tokens that the model sees at once"),
-        ("n_embd", 128, "width"),
+        ("n_vocab", 1024, "tokens: 256 bytes, the merges and <|endoftext|>"),
+        ("n_ctx", 256, "context length in tokens"),
+        ("n_embd", 128, "width of the embeddings"),
         ("n_head", 4, "attention heads"),
         ("n_layer", 4, "layers"),
         ("steps", 10000, "training steps"),
-        ("batch", 8, "windows of n_ctx tokens in a step"),
-        ("dropout", 0.1, "of the embeddings and of what each layer adds"),
-        ("bpe_dropout", 0.05, "share of the merges that are left out at random in training"),
-        ("learning_rate", 2e-3, "at its highest"),
-        ("weight_decay", 0.1, "of matrices, as a multiple of the learning rate"),
-        ("held_out", 0.1, "share of the text, at its end, to measure by"),
-        ("seed", 0, "of all random numbers"),
+        ("batch", 8, "windows of n_ctx tokens per step"),
+        ("dropout", 0.1, "dropout of the embeddings and of what each layer adds"),
+        ("bpe_dropout", 0.05, "probability of leaving out a merge in training"),
+        ("learning_rate", 2e-3, "highest learning rate"),
+        ("weight_decay", 0.1, "weight decay of matrices, times the learning rate"),
+        ("held_out", 0.1, "fraction at the end of the text that is held out"),
+        ("seed", 0, "random seed"),
     ):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=meaning)
     args = parser.parse_args()
@@ -310,7 +316,7 @@ def parse_arguments():
     if not (0 <= args.dropout < 1 and 0 <= args.bpe_dropout < 1 and 0 < args.held_out < 1):
         sys.exit("--dropout, --bpe_dropout and --held_out must be below 1, and --held_out above 0")
     if os.path.lexists(args.model_dir):
-        sys.exit(f"{args.model_dir} exists already: name another folder, or remove it first")
+        sys.exit(f"{args.model_dir} already exists; name another folder, or remove it first")
     return args
 
 
@@ -324,7 +330,7 @@ def main():
     except OSError as error:
         sys.exit(f"{error.filename}: {error.strerror}")
     if not os.access(args.model_dir.parent, os.W_OK):
-        sys.exit(f"{args.model_dir.parent} cannot be written to")
+        sys.exit(f"{args.model_dir.parent} is not writable")
     cut = int(len(text) * (1 - args.held_out))
     cut = text.rfind("\n", 0, cut) + 1 or cut
     text, held_out = text[:cut], text[cut:]
@@ -334,7 +340,7 @@ def main():
         sys.exit(f"{args.text} is too small: {len(ids)} tokens to train on, {len(held_out_ids)} held out")
     print(f"{len(ids)} tokens to train on, {len(held_out_ids)} held out")
 
-    # only now: it takes seconds, and would bury the messages above in its own
+    # Import TensorFlow only now: it takes seconds, and its log would hide the messages above.
     global tf
     import tensorflow as tf
 
@@ -351,7 +357,7 @@ def main():
     ngram_bits = ngram_bits_per_byte(text.encode("utf-8"), held_out.encode("utf-8"), n_given)
     prompt = tokenizer.encode("".join(WORD.findall(text)[:3])).tolist()
     print(f"held-out loss            {loss:.4f} nats per token")
-    print(f"held-out bits per byte   {bits:.4f}, of a Kneser-Ney 5-gram model of bytes {ngram_bits:.4f}")
+    print(f"held-out bits per byte   {bits:.4f}, of a Kneser-Ney 5-gram model {ngram_bits:.4f}")
     print(f"parameters               {sum(value.size for value in weights.values())}")
     print(f"training time            {minutes:.1f} minutes")
     print("greedy continuation of the first words:")

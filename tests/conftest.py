@@ -1,19 +1,33 @@
-import os
+import hashlib
 
+import numpy as np
 import pytest
-from helpers import REAL_MODELS_DIR, SHARED, write_model
+from helpers import DATA_DIR, gpt2_merges, write_model, write_vocabulary
+
+PUBLISHED_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
 
 
 @pytest.fixture(scope="session")
-def real_vocabulary():
-    """(models_dir, model_name) of a folder with GPT-2's real encoder.json and vocab.bpe."""
-    for models_dir, name in ((SHARED, "gpt2-vocab"), (REAL_MODELS_DIR, "124M")):
-        if models_dir and os.path.isfile(os.path.join(models_dir, name, "vocab.bpe")):
-            return str(models_dir), name
-    pytest.skip("needs GPT-2's vocabulary: models/124M, or gpt2-vocab/ in the folder that NPGPT_SHARED names")
+def real_vocabulary(tmp_path_factory):
+    """(models_dir, model_name) of a folder with GPT-2's encoder.json and vocab.bpe, as OpenAI published them."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    write_vocabulary(folder / "gpt2", gpt2_merges())
+    for name, sha256 in PUBLISHED_SHA256.items():
+        assert hashlib.sha256((folder / "gpt2" / name).read_bytes()).hexdigest() == sha256, name
+    return str(folder), "gpt2"
 
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory):
-    """The folder of a small random model in OpenAI's layout, not to be written to."""
+    """The folder of a small random model in OpenAI's layout. Tests must not write to it."""
     return write_model(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """{name: array}: the results of transformers that make_reference.py stored."""
+    with np.load(DATA_DIR / "reference.npz") as arrays:
+        return dict(arrays)

@@ -1,23 +1,29 @@
-"""What several tests need: small vocabularies and checkpoints in OpenAI's layout, made on the spot."""
+"""Shared by the tests: small vocabularies and models in OpenAI's layout, independent oracles, and comparisons."""
 
 import json
-import os
+import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
-SHARED = os.environ.get("NPGPT_SHARED")  # a folder with gpt2-vocab/ and text/, if there is one
+DATA_DIR = ROOT / "tests" / "data"
 REAL_MODELS_DIR = ROOT / "models"
 
-# GPT-2's byte characters, written out: the printable ones of Latin-1 as they are, the others from U+0100 on.
+# GPT-2's byte characters: printable Latin-1 characters stand for themselves, the other bytes are U+0100 and up.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 BYTE_TO_CHAR = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
+FILES = (
+    *("checkpoint", "encoder.json", "hparams.json", "model.ckpt.data-00000-of-00001"),
+    *("model.ckpt.index", "model.ckpt.meta", "vocab.bpe"),
+)
 SMALL_MERGES = ["Ġ t", "h e", "Ġt he", "i n", "a n", "r e", "an d", "Ġ and", "Ġ a", "o n", "e r", "in g"]
 SMALL_HPARAMS = {"n_vocab": 257 + len(SMALL_MERGES), "n_ctx": 32, "n_embd": 12, "n_head": 3, "n_layer": 2}
-REFERENCE_MODELS = {  # sizes at which the wrong axis, head or layer order would show
+REFERENCE_MODELS = {  # these sizes expose a wrong axis, head or layer order
     "three_heads": SMALL_HPARAMS,
     "one_layer": {"n_vocab": 50, "n_ctx": 16, "n_embd": 8, "n_head": 1, "n_layer": 1},
     "eleven_layers": {"n_vocab": 60, "n_ctx": 24, "n_embd": 10, "n_head": 5, "n_layer": 11},
@@ -31,19 +37,32 @@ WARPS = [  # temperature, top_k, top_p
 ]
 
 
+def held_out_text():
+    """The last tenth of tiny Shakespeare, which models/tiny was not trained on."""
+    return (DATA_DIR / "shakespeare_held_out.txt").read_text(encoding="utf-8")
+
+
+# Files in OpenAI's layout
+
+
+def gpt2_merges():
+    """The 50,000 merges of GPT-2's vocabulary."""
+    return (DATA_DIR / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
+
+
 def write_vocabulary(folder, merges=SMALL_MERGES):
-    """Write encoder.json and vocab.bpe as OpenAI's are: bytes, merges, <|endoftext|>."""
+    """Write encoder.json and vocab.bpe in OpenAI's format and order: bytes, merges, <|endoftext|>."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokens = [BYTE_TO_CHAR[byte] for byte in PRINTABLE + OTHERS]
     tokens += [merge.replace(" ", "") for merge in merges] + ["<|endoftext|>"]
-    (folder / "encoder.json").write_text(json.dumps({token: id for id, token in enumerate(tokens)}))
+    (folder / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "vocab.bpe").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
 def random_variables(hparams, seed=0):
-    """{name: array} of every variable of a GPT-2, random but for the order of magnitude."""
-    rng = np.random.RandomState(seed)  # its numbers are the same in every NumPy, as stored results need
+    """Random values for every variable of a GPT-2 -> {name: array}."""
+    rng = np.random.RandomState(seed)  # gives the same numbers in every NumPy version, as stored results need
     n_embd = hparams["n_embd"]
 
     def normal(*shape, mean=0.0, std=0.1):
@@ -71,7 +90,7 @@ def random_variables(hparams, seed=0):
 
 
 def save_variables(prefix, variables):
-    """Save {name: array} as a TensorFlow checkpoint (V2), and the `checkpoint` file that names it."""
+    """Save {name: array} as a TensorFlow checkpoint (V2) with the `checkpoint` file that names it."""
     import tensorflow as tf
 
     prefix, names = Path(prefix), sorted(variables)
@@ -86,10 +105,138 @@ def save_variables(prefix, variables):
 
 
 def write_model(model_dir, hparams=SMALL_HPARAMS, seed=0, prefix="model.ckpt", merges=SMALL_MERGES, extra=()):
-    """Write the seven files of a random model, plus `extra` variables, into model_dir."""
+    """Write the seven files of a random model to model_dir. `extra`: further variables of the checkpoint."""
     model_dir = Path(model_dir)
     write_vocabulary(model_dir, merges)
     (model_dir / "hparams.json").write_text(json.dumps(hparams, indent=2) + "\n")
     save_variables(model_dir / prefix, random_variables(hparams, seed) | dict(extra))
     (model_dir / f"{prefix}.meta").write_bytes(b"not read by anyone")
     return model_dir
+
+
+def copy_model(model_dir, target):
+    """Copy the seven files of a model, without the record that a load leaves -> target."""
+    target.mkdir(parents=True)
+    for name in FILES:
+        shutil.copy(model_dir / name, target)
+    return target
+
+
+# Parameters
+
+
+def random_params(hparams, seed=0):
+    """The params dict of a random model, built without utils.py."""
+    variables = random_variables(hparams, seed)
+
+    def part(name, **keys):
+        return {key: variables[f"model/{name}/{key}"].reshape(shape) for key, shape in keys.items()}
+
+    n = hparams["n_embd"]
+    blocks = [
+        {
+            "ln_1": part(f"h{i}/ln_1", g=n, b=n),
+            "attn": {
+                "c_attn": part(f"h{i}/attn/c_attn", w=(n, 3 * n), b=3 * n),
+                "c_proj": part(f"h{i}/attn/c_proj", w=(n, n), b=n),
+            },
+            "ln_2": part(f"h{i}/ln_2", g=n, b=n),
+            "mlp": {
+                "c_fc": part(f"h{i}/mlp/c_fc", w=(n, 4 * n), b=4 * n),
+                "c_proj": part(f"h{i}/mlp/c_proj", w=(4 * n, n), b=n),
+            },
+        }
+        for i in range(hparams["n_layer"])
+    ]
+    return {
+        "wte": variables["model/wte"],
+        "wpe": variables["model/wpe"],
+        "blocks": blocks,
+        "ln_f": part("ln_f", g=n, b=n),
+    }
+
+
+def map_arrays(function, params):
+    """The same nested dicts and lists, with function(array) in place of each array."""
+    if isinstance(params, dict):
+        return {key: map_arrays(function, value) for key, value in params.items()}
+    return [map_arrays(function, value) for value in params] if isinstance(params, list) else function(params)
+
+
+def flat(params):
+    """{variable name: array} of a params dict."""
+    result = {"model/wte": params["wte"], "model/wpe": params["wpe"]}
+    result |= {f"model/ln_f/{key}": array for key, array in params["ln_f"].items()}
+    for i, block in enumerate(params["blocks"]):
+        for part, content in block.items():
+            for key, value in content.items():
+                leaves = value if isinstance(value, dict) else {"": value}
+                result |= {f"model/h{i}/{part}/{key}/{leaf}".rstrip("/"): array for leaf, array in leaves.items()}
+    return result
+
+
+# Oracles
+
+
+def tiktoken_encoding(models_dir, name):
+    """tiktoken's encoding of the vocabulary in models_dir/name."""
+    import tiktoken
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    folder = Path(models_dir, name)
+    ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
+    special = {"<|endoftext|>": len(ranks)}
+    return tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+def float64_gelu(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def float64_softmax(x):
+    return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+
+
+def float64_layer_norm(x, g, b):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * g + b
+
+
+def float64_gpt2(ids, params, n_head):
+    """The logits [n_seq, n_vocab] of a GPT-2 in float64, one head and one query at a time."""
+    params = map_arrays(lambda array: array.astype(np.float64), params)
+    n_seq, n_embd = len(ids), params["wte"].shape[1]
+    x = params["wte"][ids] + params["wpe"][:n_seq]
+    for block in params["blocks"]:
+        attn, mlp = block["attn"], block["mlp"]
+        qkv = float64_layer_norm(x, **block["ln_1"]) @ attn["c_attn"]["w"] + attn["c_attn"]["b"]
+        heads = np.empty((n_seq, n_embd))
+        for columns in np.split(np.arange(n_embd), n_head):
+            q, k, v = (qkv[:, i * n_embd + columns] for i in range(3))
+            for i in range(n_seq):
+                weights = float64_softmax(k[: i + 1] @ q[i] / math.sqrt(len(columns)))
+                heads[i, columns] = weights @ v[: i + 1]
+        x = x + heads @ attn["c_proj"]["w"] + attn["c_proj"]["b"]
+        hidden = float64_gelu(float64_layer_norm(x, **block["ln_2"]) @ mlp["c_fc"]["w"] + mlp["c_fc"]["b"])
+        x = x + hidden @ mlp["c_proj"]["w"] + mlp["c_proj"]["b"]
+    return float64_layer_norm(x, **params["ln_f"]) @ params["wte"].T
+
+
+# Comparisons
+
+
+def assert_close(logits, expected):
+    """Equal up to float32 rounding: within 1e-4 of the logits' scale."""
+    assert logits.dtype == np.float32
+    assert logits.shape == expected.shape
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def assert_equal_to_tensorflow(prefix, params):
+    """The parameters are, bit for bit, what TensorFlow reads from the checkpoint."""
+    import tensorflow as tf
+
+    reader = tf.train.load_checkpoint(str(prefix))
+    found = flat(params)
+    assert found.keys() == reader.get_variable_to_shape_map().keys()
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, reader.get_tensor(name).reshape(array.shape))

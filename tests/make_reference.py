@@ -1,15 +1,23 @@
-"""Make tests/reference.npz: what transformers (torch, float32) answers for small models, and draws from.
+"""Make tests/data/reference.npz: results of transformers (torch, float32) that the tests compare with.
 
     pip install torch transformers && python tests/make_reference.py
 
-The models are those of helpers.random_variables, and models/tiny, so that only their answers need to be stored.
+The models are the random ones of helpers.random_variables and models/tiny, so only the results need to be stored.
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
-from helpers import REFERENCE_MODELS, TINY_PROMPT, WARPS, random_variables
+from helpers import (
+    DATA_DIR,
+    REAL_MODELS_DIR,
+    REFERENCE_MODELS,
+    TINY_PROMPT,
+    WARPS,
+    held_out_text,
+    random_variables,
+    tiktoken_encoding,
+)
 
 
 def torch_model(hparams, variables):
@@ -44,6 +52,7 @@ def torch_model(hparams, variables):
 
 
 def greedy(model, ids, n):
+    """The n likeliest next ids, one after the other."""
     import torch
 
     ids = list(ids)
@@ -52,8 +61,26 @@ def greedy(model, ids, n):
     return ids[len(ids) - n :]
 
 
+def windowed_log_probs(model, ids, n_ctx, stride):
+    """The log-probability of each id but the first, in the windows of transformers' documentation.
+
+    "Perplexity of fixed-length models": each window has n_ctx ids and begins `stride` ids after the one before. It
+    scores only the ids that no earlier window has scored.
+    """
+    import torch
+
+    scores, n_scored = [], 1
+    for begin in range(0, len(ids), stride):
+        end = min(begin + n_ctx, len(ids))
+        log_probs = model(torch.tensor([ids[begin:end]])).logits[0].double().log_softmax(-1)
+        scores += [float(log_probs[i - 1 - begin, ids[i]]) for i in range(n_scored, end)]
+        n_scored = end
+        if end == len(ids):
+            return np.array(scores, np.float32)
+
+
 def warped(logits, temperature, top_k, top_p):
-    """The probabilities that transformers draws with, after its logits warpers in OpenAI's order."""
+    """The probabilities that transformers samples from, after its logits warpers in OpenAI's order."""
     import torch
     from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -67,7 +94,7 @@ def tiny_model():
     """hparams and variables of models/tiny, read by TensorFlow."""
     import tensorflow as tf
 
-    folder = Path(__file__).parent.parent / "models" / "tiny"
+    folder = REAL_MODELS_DIR / "tiny"
     reader = tf.train.load_checkpoint(str(folder / "model.ckpt"))
     hparams = json.loads((folder / "hparams.json").read_text())
     return hparams, {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
@@ -81,20 +108,28 @@ def main():
     results["warped/probs"] = np.stack(
         [warped(row, *options) for row, options in zip(results["warped/logits"], WARPS, strict=True)]
     )
+
+    def score(name, model, ids, n_ctx):
+        results[f"{name}/long_ids"] = np.array(ids, np.int32)
+        results[f"{name}/long_log_probs"] = windowed_log_probs(model, ids, n_ctx, n_ctx // 2)
+
     with torch.no_grad():
         for name, hparams in REFERENCE_MODELS.items():
-            model = torch_model(hparams, random_variables(hparams))
+            model, n_ctx = torch_model(hparams, random_variables(hparams)), hparams["n_ctx"]
             rng = np.random.RandomState(1)
-            ids = rng.randint(0, hparams["n_vocab"], hparams["n_ctx"])
+            ids = rng.randint(0, hparams["n_vocab"], n_ctx)
             results[f"{name}/ids"] = ids.astype(np.int32)
             results[f"{name}/logits"] = model(torch.from_numpy(ids)[None]).logits[0].numpy()
-            results[f"{name}/greedy"] = np.array(greedy(model, ids[:5], hparams["n_ctx"] + 1 - 5), dtype=np.int32)
+            results[f"{name}/greedy"] = np.array(greedy(model, ids[:5], n_ctx + 1 - 5), dtype=np.int32)
+            score(name, model, rng.randint(0, hparams["n_vocab"], 5 * n_ctx + 3).tolist(), n_ctx)
         hparams, variables = tiny_model()
         model = torch_model(hparams, variables)
         results["tiny/ids"] = np.array(TINY_PROMPT, np.int32)
         results["tiny/greedy"] = np.array(greedy(model, TINY_PROMPT, 100), np.int32)
         results["tiny/logits"] = model(torch.tensor([TINY_PROMPT])).logits[0].numpy()
-    np.savez_compressed(Path(__file__).parent / "reference.npz", **results)
+        encoding = tiktoken_encoding(REAL_MODELS_DIR, "tiny")
+        score("tiny", model, encoding.encode_ordinary(held_out_text())[:1500], hparams["n_ctx"])
+    np.savez_compressed(DATA_DIR / "reference.npz", **results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A web server on 127.0.0.1 that gives out a model's files and can be told to do it wrong."""
+"""A web server on 127.0.0.1 that serves the files of a model, with faults on demand."""
 
 import base64
 import contextlib
@@ -13,19 +13,19 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 ALWAYS = 1000  # requests
-SO_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing discards what is unsent and resets the connection
+SO_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() discards unsent bytes and resets the connection
 
 
 @dataclass
 class Fault:
-    """How an answer differs from the right one, which is the file or the rest of it that was asked for."""
+    """How an answer differs from the correct one, which is the requested file or the rest of it."""
 
-    status: int | None = None  # answer so, without the file
-    headers: dict = field(default_factory=dict)  # instead of the right ones; None: without; or function of the request
-    change: object = None  # body -> other body, and its Content-Length with it
-    silent: bool = False  # not even a status line before `then`
-    sends: int | None = None  # bytes of the body, as many as there are if None
-    then: str | None = None  # "close", "reset" or "stall" the connection after that
+    status: int | None = None  # answer with this status and without the file
+    headers: dict = field(default_factory=dict)  # {name: value, None to omit it, or function(request)}
+    change: object = None  # function(body) -> other body, which also changes Content-Length
+    silent: bool = False  # `then` comes before the status line
+    sends: int | None = None  # bytes of the body; None: all
+    then: str | None = None  # after that: "close", "reset" or "stall" the connection
     chunked: bool = False
     ignores_range: bool = False
     ignores_if_range: bool = False
@@ -33,7 +33,7 @@ class Fault:
 
 @dataclass
 class Request:
-    """What was asked for, and what was sent."""
+    """A request, and what was sent."""
 
     name: str
     headers: dict
@@ -42,7 +42,7 @@ class Request:
 
     @property
     def start(self):
-        """The offset that Range asks for, None without one."""
+        """The offset in the Range header; None without one."""
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         return int(asked[1]) if asked else None
 
@@ -61,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
         super().finish()
 
     def log_message(self, *args):
-        """Not on the tests' standard error."""
+        """Print nothing."""
 
     def do_GET(self):
         size, name = re.fullmatch(r"/base/([^/]+)/([^/]+)", self.path).groups()
@@ -94,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(body[: fault.sends], request, fault)
 
     def part_of(self, whole, request, fault, version):
-        """-> (status, body, headers); RFC 9110, 13.1.5 and 14, and where the MD5 goes as Azure has it."""
+        """-> (status, body, headers) by RFC 9110, sections 13.1.5 and 14, with the MD5 headers that Azure sends."""
         md5 = base64.b64encode(hashlib.md5(whole).digest()).decode()
         asked = request.headers.get("If-Range")
         matches = asked is None or (
@@ -110,7 +110,7 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, body, request, fault):
         for start in range(0, len(body), self.server.piece):
             piece = body[start : start + self.server.piece]
-            request.sent += len(piece)  # before: a test may read this as soon as the client has them
+            request.sent += len(piece)  # first: tests may read it as soon as the client has the bytes
             self.server.count(len(piece))
             self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if fault.chunked else piece)
             self.server.pause()
@@ -127,13 +127,13 @@ class Handler(BaseHTTPRequestHandler):
             self.server.stopping.wait(60)
         elif fault.then == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, SO_RESET)
-            self.connection.close()  # before the server's own shutdown, which would end it in good order
+            self.connection.close()  # before the server does, which would close it properly
 
 
 class Server(ThreadingHTTPServer):
     """Serves `files` at {address}/{any size}/{name}; `with` starts and stops it."""
 
-    daemon_threads = False  # closing waits for them: none outlives its test
+    daemon_threads = False  # closing waits for the threads, so none outlives its test
     request_queue_size = 64
 
     def __init__(self, files):
@@ -141,7 +141,7 @@ class Server(ThreadingHTTPServer):
         self.files = files
         self.requests, self.sizes, self.faults, self.connections = [], set(), {}, set()
         self.piece, self.seconds_per_piece = 1 << 16, 0
-        self.sent, self.at_byte = 0, None  # at_byte: (bytes, function), called once when so much was sent in total
+        self.sent, self.at_byte = 0, None  # at_byte: (n, function), called once after n bytes in total
         self.gate, self.stopping, self.lock = threading.Event(), threading.Event(), threading.Lock()
         self.gate.set()
 
@@ -150,7 +150,7 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/base"
 
     def misbehave(self, name, *faults, times=1):
-        """Answer the next requests for name so, one fault after another, the last one `times` times."""
+        """Answer the next requests for name with one fault each, and `times` requests with the last fault."""
         self.faults[name] = [*faults[:-1], *[faults[-1]] * times]
 
     def heal(self):
@@ -180,12 +180,12 @@ class Server(ThreadingHTTPServer):
         time.sleep(self.seconds_per_piece)
 
     def wait_for_nobody(self):
-        """Return when the last client has gone and all that it asked for is in the list of requests."""
+        """Return when all clients have disconnected, so that the list of requests is complete."""
         while self.connections:
             time.sleep(0.01)
 
     def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], OSError):  # that is: the client was killed, or had enough
+        if not isinstance(sys.exc_info()[1], OSError):  # OSError: the client was killed or has disconnected
             super().handle_error(request, client_address)
 
     def __enter__(self):
@@ -198,7 +198,7 @@ class Server(ThreadingHTTPServer):
         self.thread.join()
         self.stopping.set()
         self.gate.set()
-        for connection in self.connections.copy():  # that a client holds open
+        for connection in self.connections.copy():  # connections that a client keeps open
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         self.server_close()

@@ -1,6 +1,6 @@
-"""download_gpt2_files against a server that does everything wrong that a server can do.
+"""download_gpt2_files against a server with every kind of fault.
 
-Whatever happens, there is an intact file or none, one clear error or none, and the next call fetches what is missing.
+Whatever happens, each file is intact or absent, any error is one clear line, and the next call fetches what is missing.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import termios
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,9 +45,9 @@ SIZES = {
 DATA = "model.ckpt.data-00000-of-00001"
 N = SIZES[DATA]
 BEFORE_DATA = list(SIZES)[:3]
-REAL_CHUNK, SMALL_CHUNK = utils.CHUNK_BYTES, 4096  # the latter is to the small files as the former to real ones
+REAL_CHUNK, SMALL_CHUNK = utils.CHUNK_BYTES, 4096  # small chunks for small files
 N_KILLS = 30
-OLD_URLLIB3 = urllib3.__version__ < "2"  # does not count the bytes of an answer
+OLD_URLLIB3 = urllib3.__version__ < "2"  # it does not count the bytes of an answer
 
 
 def random_files(seed=0, **sizes):
@@ -56,7 +57,7 @@ def random_files(seed=0, **sizes):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server with seven random files, which download_gpt2_files takes for OpenAI's and does not verify by SHA-256."""
+    """A server with seven random files, which download_gpt2_files takes for OpenAI's. SHA-256 is not checked."""
     with Server(random_files()) as server:
         monkeypatch.setenv("GPT2_BASE_URL", server.address)
         monkeypatch.setenv("GPT2_ALLOW_UNVERIFIED", "1")
@@ -66,7 +67,7 @@ def server(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def naps(monkeypatch):
-    """How long download_gpt2_files would have slept, each time; it does not."""
+    """The seconds of each sleep between requests, which these tests skip."""
     naps = []
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(utils, "time", SimpleNamespace(sleep=naps.append, monotonic=time.monotonic))
@@ -83,7 +84,7 @@ def download(folder, model_size="355M"):
 
 
 def download_fails(folder, message, model_size="355M"):
-    """Expect the one error: of the documented classes, a single line, with what `message` (regular expression) says."""
+    """Expect an error of a documented class, in one line that matches `message` (a regular expression)."""
     with pytest.raises((OSError, ValueError)) as caught:
         download(folder, model_size)
     assert not isinstance(caught.value, requests.RequestException)
@@ -92,8 +93,8 @@ def download_fails(folder, message, model_size="355M"):
     return caught.value
 
 
-def goes_on_from(kept):
-    """Where to go on. The last byte may come twice: then there is something to ask for if a file lacks nothing."""
+def resume_points(kept):
+    """Where a request may resume. The last byte may be requested again, in case the partial file is complete."""
     return kept, max(kept - 1, 0)
 
 
@@ -106,35 +107,35 @@ def missing(folder):
 
 
 def check_intact(folder, files):
-    """Every file that stands under its name is whole."""
+    """Every file with its final name is complete."""
     for name in set(SIZES) - set(missing(folder)):
         assert (folder / name).read_bytes() == files[name], name
 
 
 def check_complete(folder, files):
     check_intact(folder, files)
-    assert sorted(os.listdir(folder)) == sorted(SIZES)  # nothing else is left
+    assert sorted(os.listdir(folder)) == sorted(SIZES)  # and nothing else
 
 
 def check_completes(folder, server):
-    """From here on, with a server in order, each missing file takes one request, which goes on from what is there."""
+    """When the server works again, each missing file takes one request, which resumes where the last one ended."""
     check_intact(folder, server.files)
     expected = missing(folder)
     kept = {name: size_of(folder / f"{name}.part") for name in SIZES if size_of(folder / f"{name}.part.version")}
     server.heal()
     download(folder)
     assert [request.name for request in server.requests] == expected
-    assert all((request.start or 0) in goes_on_from(kept.get(request.name, 0)) for request in server.requests)
+    assert all((request.start or 0) in resume_points(kept.get(request.name, 0)) for request in server.requests)
     check_complete(folder, server.files)
     server.heal()
     download(folder)
     assert server.requests == []
 
 
-# What is asked for
+# Requests
 
 
-def test_downloads_what_is_missing(server, folder):
+def test_missing_files_are_downloaded(server, folder):
     download(folder)
     assert [request.name for request in server.requests] == list(SIZES)
     assert server.sizes == {"355M"}
@@ -145,24 +146,45 @@ def test_downloads_what_is_missing(server, folder):
         check_completes(folder, server)
 
 
-def test_leaves_what_is_there(server, folder):
+def test_existing_files_are_kept(server, folder):
     folder.mkdir()
     (folder / "hparams.json").write_text("mine")
-    (folder / "notes.txt").write_text("mine, too")
+    (folder / "notes.txt").write_text("also mine")
     download(folder)
     assert (folder / "hparams.json").read_text() == "mine"
-    assert (folder / "notes.txt").read_text() == "mine, too"
+    assert (folder / "notes.txt").read_text() == "also mine"
     assert server.asked("hparams.json") == []
 
 
-def test_a_slash_after_the_address(server, folder, monkeypatch):
+def test_a_trailing_slash_in_the_address(server, folder, monkeypatch):
     monkeypatch.setenv("GPT2_BASE_URL", server.address + "/")
     download(folder)
     check_complete(folder, server.files)
 
 
+def test_an_empty_address_means_the_default(server, folder, monkeypatch):
+    monkeypatch.setattr(utils, "BASE_URL", server.address)
+    monkeypatch.setenv("GPT2_BASE_URL", "")
+    download(folder)
+    check_complete(folder, server.files)
+
+
+def test_the_scheme_of_the_address_in_capitals(server, folder, monkeypatch):
+    monkeypatch.setenv("GPT2_BASE_URL", server.address.replace("http", "HTTP"))
+    download(folder)
+    check_complete(folder, server.files)
+
+
+@pytest.mark.parametrize("parents", [[], ["new"]])
+def test_a_download_that_fails_at_once_leaves_no_empty_folder(server, tmp_path, parents):
+    folder = tmp_path.joinpath(*parents, "355M")
+    server.misbehave("checkpoint", Fault(404), times=ALWAYS)
+    download_fails(folder, "404")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("model_size", ["", "124m", "345M", "../124M", "tiny"])
-def test_unknown_size(server, folder, model_size):
+def test_unknown_sizes_raise(server, folder, model_size):
     error = download_fails(folder, r"124M, 355M, 774M, 1558M", model_size)
     assert isinstance(error, ValueError)
     assert not folder.exists()
@@ -176,7 +198,7 @@ def test_unknown_size(server, folder, model_size):
         *("http://127.0.0.1:99999", "http://.host", "http://a host", f"http://{'a' * 70}.example"),
     ],
 )
-def test_bad_address(server, folder, monkeypatch, address):
+def test_unusable_addresses_raise(server, folder, monkeypatch, address):
     monkeypatch.setenv("GPT2_BASE_URL", address)
     download_fails(folder, re.escape(address.rstrip("/").removeprefix("http://")))
     assert missing(folder) == list(SIZES)
@@ -200,87 +222,102 @@ FIFTY = {"Content-Range": lambda request: f"bytes {request.start}-{request.start
 MORE = {"Content-Range": lambda request: f"bytes {request.start}-{N - 1}/{N + 9}"}
 NO_VERSION = {"ETag": None, "Last-Modified": None}
 
-# {name: (what the server does, how many times the last of it, how often the file is asked for, the error if any)}
+
+@dataclass
+class Case:
+    """What the server does when DATA is requested, and what must follow."""
+
+    faults: list  # of the first requests, one each
+    n_requests: int | None  # how often DATA is requested; None: not checked
+    error: str | None = None  # a pattern of the message; None: the download succeeds
+    times: int = ALWAYS  # how often the last fault occurs
+
+
 FAULTS = {
-    "204": ([Fault(204)], ALWAYS, 1, "HTTP status 204"),
-    "206-unasked": ([Fault(206)], ALWAYS, 1, "HTTP status 206"),
-    "302-nowhere": ([Fault(302)], ALWAYS, 1, "HTTP status 302"),
-    "302-loop": ([Fault(302, {"Location": DATA})], ALWAYS, 31, "redirects"),
-    "302-ftp": ([Fault(302, {"Location": "ftp://127.0.0.1/"})], ALWAYS, 1, "ftp"),
-    "302-bad-address": ([Fault(302, {"Location": "http://[::1"})], ALWAYS, 1, ""),
-    "400": ([Fault(400)], ALWAYS, 1, "HTTP status 400"),
-    "403": ([Fault(403)], ALWAYS, 1, "HTTP status 403"),
-    "404": ([Fault(404)], ALWAYS, 1, "HTTP status 404"),
-    "416": ([Fault(416)], ALWAYS, 1, "HTTP status 416"),
-    "416-when-resuming": ([cut(), Fault(416)], 1, 3, None),
-    "416-for-ever": ([cut(), Fault(416)], ALWAYS, 3, "HTTP status 416"),
-    "429": ([Fault(429)], 1, 2, None),
-    "500": ([Fault(500)], 1, 2, None),
-    "503-twice": ([Fault(503)], 2, 3, None),
-    "503-four-times": ([Fault(503)], 4, 5, None),
-    "503-for-ever": ([Fault(503)], ALWAYS, 5, "HTTP status 503"),
-    "503-when-resuming": ([cut(), Fault(503)], 4, 6, None),
-    "no-answer-once": ([Fault(silent=True, then="close")], 1, 2, None),
-    "no-answer": ([Fault(silent=True, then="close")], ALWAYS, 5, ""),
-    "reset-once": ([Fault(silent=True, then="reset")], 1, 2, None),
-    "reset": ([Fault(silent=True, then="reset")], ALWAYS, 5, "reset"),
-    "no-body": ([cut(0)], ALWAYS, 5, f"of {N}|{N} more"),
-    "a-byte-short": ([cut(N - 1)], 1, 2, None),
-    "a-byte-short-in-its-length": ([Fault(change=lambda body: body[:-1])], ALWAYS, 1, "md5"),
-    "a-byte-long": ([Fault(change=lambda body: body + b"!", headers={"Content-Length": N})], ALWAYS, 1, None),
-    "a-byte-long-in-its-length": ([Fault(change=lambda body: body + b"!")], ALWAYS, 1, "md5"),
-    "a-byte-more-promised": ([Fault(headers={"Content-Length": N + 1}, then="close")], ALWAYS, None, ""),
-    "other-bytes": ([Fault(change=other_bytes)], ALWAYS, 1, "md5"),
-    "other-bytes-when-resuming": ([cut(), Fault(change=other_bytes)], ALWAYS, 2, "md5"),
-    "other-md5": ([Fault(headers={"Content-MD5": OTHER_MD5})], ALWAYS, 1, "md5"),
-    "other-md5-of-azure": ([Fault(headers={"x-ms-blob-content-md5": OTHER_MD5})], ALWAYS, 1, "md5"),
-    "no-md5": ([Fault(headers={"Content-MD5": None})], ALWAYS, 1, None),
-    "not-an-md5": ([Fault(headers={"Content-MD5": "abc"})], ALWAYS, 1, ""),
-    "web-page": ([Fault(change=lambda body: b"<html>log in", headers=HTML)], ALWAYS, 1, "web page"),
-    "gzip": ([Fault(change=gzip.compress, headers={"Content-Encoding": "gzip"})], ALWAYS, 1, "compressed"),
-    "chunked": ([Fault(chunked=True)], ALWAYS, 1, None),
-    "chunked-and-cut": ([cut(chunked=True)], 1, 2, None),
-    "chunked-and-reset": ([cut(chunked=True, then="reset")], 1, 2, None),
-    "no-length": ([Fault(headers={"Content-Length": None})], ALWAYS, 1, "how long"),
-    "not-a-length": ([Fault(headers={"Content-Length": "long"}, then="close")], ALWAYS, None, ""),
-    "range-ignored": ([cut(), Fault(ignores_range=True)], 1, 2, None),
-    "other-range": ([cut(), Fault(headers={"Content-Range": f"bytes 0-{N - 1}/{N}"})], 1, 3, None),
-    "other-range-for-ever": ([cut(), Fault(headers={"Content-Range": f"bytes 0-9/{N}"})], 1, 3, None),
-    "not-a-range": ([cut(), Fault(headers={"Content-Range": "all of it"})], 1, 3, None),
-    "no-range": ([cut(), Fault(headers={"Content-Range": None})], 1, 3, None),
-    "other-total": ([cut(), Fault(headers=MORE)], 1, None, None),
-    "little-of-the-rest": ([cut(), Fault(change=lambda body: body[:50], headers=FIFTY)], 1, 3, None),
-    "weak-etag": ([cut(headers=WEAK), Fault(headers=WEAK)], 1, 2, None),
-    "no-etag": ([cut(headers={"ETag": None}), Fault(headers={"ETag": None})], 1, 2, None),
-    "no-version": ([cut(headers=NO_VERSION)], 1, 2, None),
-    "no-version-for-ever": ([cut(headers=NO_VERSION)], ALWAYS, 6, f"of {N}|{N // 2} more"),
-    "other-version": ([cut(), Fault(headers={"ETag": '"other"'}, ignores_if_range=True)], 1, 3, None),
+    "204": Case([Fault(204)], n_requests=1, error="HTTP status 204"),
+    "206-unasked": Case([Fault(206)], n_requests=1, error="HTTP status 206"),
+    "302-nowhere": Case([Fault(302)], n_requests=1, error="HTTP status 302"),
+    "302-loop": Case([Fault(302, {"Location": DATA})], n_requests=31, error="redirects"),
+    "302-ftp": Case([Fault(302, {"Location": "ftp://127.0.0.1/"})], n_requests=1, error="ftp"),
+    "302-bad-address": Case([Fault(302, {"Location": "http://[::1"})], n_requests=1, error=""),
+    "400": Case([Fault(400)], n_requests=1, error="HTTP status 400"),
+    "403": Case([Fault(403)], n_requests=1, error="HTTP status 403"),
+    "404": Case([Fault(404)], n_requests=1, error="HTTP status 404"),
+    "416": Case([Fault(416)], n_requests=1, error="HTTP status 416"),
+    "416-when-resuming": Case([cut(), Fault(416)], n_requests=3, times=1),
+    "416-for-ever": Case([cut(), Fault(416)], n_requests=3, error="HTTP status 416"),
+    "429": Case([Fault(429)], n_requests=2, times=1),
+    "500": Case([Fault(500)], n_requests=2, times=1),
+    "503-twice": Case([Fault(503)], n_requests=3, times=2),
+    "503-four-times": Case([Fault(503)], n_requests=5, times=4),
+    "503-for-ever": Case([Fault(503)], n_requests=5, error="HTTP status 503"),
+    "503-when-resuming": Case([cut(), Fault(503)], n_requests=6, times=4),
+    "no-answer-once": Case([Fault(silent=True, then="close")], n_requests=2, times=1),
+    "no-answer": Case([Fault(silent=True, then="close")], n_requests=5, error=""),
+    "reset-once": Case([Fault(silent=True, then="reset")], n_requests=2, times=1),
+    "reset": Case([Fault(silent=True, then="reset")], n_requests=5, error="reset"),
+    "no-body": Case([cut(0)], n_requests=5, error=f"of {N}|{N} more"),
+    "a-byte-short": Case([cut(N - 1)], n_requests=2, times=1),
+    "a-byte-short-in-its-length": Case([Fault(change=lambda body: body[:-1])], n_requests=1, error="md5"),
+    "a-byte-long": Case([Fault(change=lambda body: body + b"!", headers={"Content-Length": N})], n_requests=1),
+    "a-byte-long-in-its-length": Case([Fault(change=lambda body: body + b"!")], n_requests=1, error="md5"),
+    "a-byte-more-promised": Case([Fault(headers={"Content-Length": N + 1}, then="close")], n_requests=None, error=""),
+    "other-bytes": Case([Fault(change=other_bytes)], n_requests=1, error="md5"),
+    "other-bytes-when-resuming": Case([cut(), Fault(change=other_bytes)], n_requests=2, error="md5"),
+    "other-md5": Case([Fault(headers={"Content-MD5": OTHER_MD5})], n_requests=1, error="md5"),
+    "other-md5-of-azure": Case([Fault(headers={"x-ms-blob-content-md5": OTHER_MD5})], n_requests=1, error="md5"),
+    "no-md5": Case([Fault(headers={"Content-MD5": None})], n_requests=1),
+    "not-an-md5": Case([Fault(headers={"Content-MD5": "abc"})], n_requests=1, error=""),
+    "web-page": Case([Fault(change=lambda body: b"<html>log in", headers=HTML)], n_requests=1, error="web page"),
+    "gzip": Case([Fault(change=gzip.compress, headers={"Content-Encoding": "gzip"})], n_requests=1, error="compressed"),
+    "web-page-in-capitals": Case(
+        [Fault(change=lambda body: b"<html>log in", headers={"Content-Type": "TEXT/HTML"})],
+        n_requests=1,
+        error="web page",
+    ),
+    "identity-in-capitals": Case([Fault(headers={"Content-Encoding": "Identity"})], n_requests=1),
+    "chunked": Case([Fault(chunked=True)], n_requests=1, error="state the length"),
+    "chunked-with-a-length": Case([Fault(chunked=True, headers={"Content-Length": N})], n_requests=1, error="length"),
+    "no-length": Case([Fault(headers={"Content-Length": None})], n_requests=1, error="state the length"),
+    "not-a-length": Case([Fault(headers={"Content-Length": "long"}, then="close")], n_requests=None, error=""),
+    "range-ignored": Case([cut(), Fault(ignores_range=True)], n_requests=2, times=1),
+    "other-range": Case([cut(), Fault(headers={"Content-Range": f"bytes 0-{N - 1}/{N}"})], n_requests=3, times=1),
+    "other-range-for-ever": Case([cut(), Fault(headers={"Content-Range": f"bytes 0-9/{N}"})], n_requests=3, times=1),
+    "not-a-range": Case([cut(), Fault(headers={"Content-Range": "all of it"})], n_requests=3, times=1),
+    "no-range": Case([cut(), Fault(headers={"Content-Range": None})], n_requests=3, times=1),
+    "other-total": Case([cut(), Fault(headers=MORE)], n_requests=None, times=1),
+    "little-of-the-rest": Case([cut(), Fault(change=lambda body: body[:50], headers=FIFTY)], n_requests=3, times=1),
+    "weak-etag": Case([cut(headers=WEAK), Fault(headers=WEAK)], n_requests=2, times=1),
+    "no-etag": Case([cut(headers={"ETag": None}), Fault(headers={"ETag": None})], n_requests=2, times=1),
+    "no-version": Case([cut(headers=NO_VERSION)], n_requests=2, times=1),
+    "no-version-for-ever": Case([cut(headers=NO_VERSION)], n_requests=6, error=f"of {N}|{N // 2} more"),
+    "other-version": Case([cut(), Fault(headers={"ETag": '"other"'}, ignores_if_range=True)], n_requests=3, times=1),
 }
-if OLD_URLLIB3:  # asked for the last byte once more, the server promises and gives the right length
+if OLD_URLLIB3:  # asked for the last byte again, the server announces and sends the right length
     del FAULTS["a-byte-more-promised"]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_fault(server, folder, naps, fault):
-    faults, times, n_requests, message = FAULTS[fault]
-    server.misbehave(DATA, *faults, times=times)
-    if message is None:
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_of_the_server(server, folder, naps, name):
+    case = FAULTS[name]
+    server.misbehave(DATA, *case.faults, times=case.times)
+    if case.error is None:
         download(folder)
         check_complete(folder, server.files)
     else:
-        error = download_fails(folder, rf"{DATA}.*{message}|{message}.*{DATA}")
+        error = download_fails(folder, rf"{DATA}.*{case.error}|{case.error}.*{DATA}")
         assert isinstance(error, (ConnectionError, ValueError))
         assert missing(folder) == [name for name in SIZES if name not in BEFORE_DATA]
-    n_asked = len(server.asked(DATA))
-    assert n_asked == n_requests or n_requests is None
-    assert n_asked <= 31
-    assert len(naps) <= n_asked - 1  # and no more than a retry each
+    n_requests = len(server.asked(DATA))
+    assert case.n_requests in (n_requests, None)
+    assert n_requests <= 31
+    assert len(naps) <= n_requests - 1  # no sleep without a retry
     check_completes(folder, server)
 
 
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("fault", [Fault(404), cut(0), Fault(change=other_bytes), Fault(silent=True, then="reset")])
-def test_fault_of_any_file(server, folder, name, fault):
+def test_faults_for_any_file(server, folder, name, fault):
     server.misbehave(name, fault, times=ALWAYS)
     download_fails(folder, re.escape(name))
     check_completes(folder, server)
@@ -288,14 +325,14 @@ def test_fault_of_any_file(server, folder, name, fault):
 
 @pytest.mark.parametrize("then", ["close", "reset"])
 @pytest.mark.parametrize("offset", [0, 1, 17, 4095, 4096, 4097, 50_000, N // 2, 150_000, N - 4097, N - 2, N - 1])
-def test_goes_on_where_it_was_cut(server, folder, offset, then):
+def test_resumes_where_the_connection_was_cut(server, folder, offset, then):
     server.misbehave(DATA, cut(offset, then))
     download(folder)
     first, second = server.asked(DATA)
     assert (first.start, first.status, first.sent) == (None, 200, offset)
-    kept = offset if OLD_URLLIB3 else offset // SMALL_CHUNK * SMALL_CHUNK  # of what comes too early to an end
+    kept = offset if OLD_URLLIB3 else offset // SMALL_CHUNK * SMALL_CHUNK  # only whole chunks are kept
     start = second.start or 0
-    assert start in goes_on_from(kept) if then == "close" else start <= kept  # a reset can lose what was on its way
+    assert start in resume_points(kept) if then == "close" else start <= kept  # a reset can lose bytes in transit
     assert start + second.sent == N
     if start:
         assert second.status == 206
@@ -303,7 +340,7 @@ def test_goes_on_where_it_was_cut(server, folder, offset, then):
     check_completes(folder, server)
 
 
-def test_goes_on_in_the_next_run(server, folder):
+def test_resumes_in_the_next_run(server, folder):
     server.misbehave(DATA, cut(150_000), Fault(404))
     download_fails(folder, "404")
     kept = (folder / f"{DATA}.part").read_bytes()
@@ -312,20 +349,19 @@ def test_goes_on_in_the_next_run(server, folder):
     check_completes(folder, server)
 
 
-def test_goes_on_by_date(server, folder):
+def test_resumes_by_date(server, folder):
     server.misbehave(DATA, cut(headers=WEAK), Fault(headers=WEAK))
     download(folder)
     assert server.asked(DATA)[1].headers["If-Range"] == "Wed, 06 Nov 2019 00:00:00 GMT"
     assert server.asked(DATA)[1].status == 206
 
 
-def test_asks_for_the_bytes_as_they_are(server, folder):
+def test_requests_uncompressed_bytes(server, folder):
     download(folder)
     assert {request.headers["Accept-Encoding"] for request in server.requests} == {"identity"}
 
 
-def test_as_long_as_it_gets_on(server, folder):
-    """Any number of interruptions, if each request brings something."""
+def test_any_number_of_interruptions_with_progress(server, folder):
     server.misbehave(DATA, cut(N // 20), times=ALWAYS)
     download(folder)
     assert len(server.asked(DATA)) > 20
@@ -333,8 +369,8 @@ def test_as_long_as_it_gets_on(server, folder):
 
 
 @pytest.mark.parametrize("then", ["stall", "reset"])
-def test_keeps_what_came(server, folder, monkeypatch, then):
-    """An interruption loses little of what came before it, in a real chunk's size."""
+def test_an_interruption_loses_little(server, folder, monkeypatch, then):
+    """With the real chunk size, an interruption loses at most one chunk."""
     monkeypatch.setattr(utils, "CHUNK_BYTES", REAL_CHUNK)
     monkeypatch.setattr(utils, "TIMEOUT", (10, 1))
     server.files = random_files(**{DATA: 1_200_000})
@@ -347,10 +383,19 @@ def test_keeps_what_came(server, folder, monkeypatch, then):
     check_completes(folder, server)
 
 
+def test_a_connection_that_is_cut_after_every_250_000_bytes(server, folder, monkeypatch):
+    monkeypatch.setattr(utils, "CHUNK_BYTES", REAL_CHUNK)
+    server.files = random_files(**{DATA: 1_200_000})
+    server.misbehave(DATA, cut(250_000), times=ALWAYS)
+    download(folder)
+    assert len(server.asked(DATA)) <= 6
+    check_completes(folder, server)
+
+
 @pytest.mark.parametrize("ignores_if_range", [False, True])
 @pytest.mark.parametrize("new_size", [N, N // 3, N + 999])
-def test_changed_on_the_server(server, folder, ignores_if_range, new_size):
-    """The two versions are never joined."""
+def test_a_file_that_changed_on_the_server(server, folder, ignores_if_range, new_size):
+    """Parts of two versions are never joined."""
     server.misbehave(DATA, cut(), Fault(404))
     download_fails(folder, "404")
     server.heal()
@@ -362,8 +407,8 @@ def test_changed_on_the_server(server, folder, ignores_if_range, new_size):
 
 
 @pytest.mark.parametrize("extra", [0, 1, 5000])
-def test_partial_file_that_lacks_nothing(server, folder, extra):
-    """Killed when all had come but before it was checked; or a longer one, which is not of this file."""
+def test_a_partial_file_that_is_complete_or_too_long(server, folder, extra):
+    """The process was killed after the last byte but before the verification, or the partial file is another one."""
     server.misbehave(DATA, cut(), Fault(404))
     download_fails(folder, "404")
     (folder / f"{DATA}.part").write_bytes(server.files[DATA] + bytes(extra))
@@ -375,8 +420,8 @@ def test_partial_file_that_lacks_nothing(server, folder, extra):
 
 
 @pytest.mark.parametrize("version", [None, ""])
-def test_partial_file_of_unknown_version(server, folder, version):
-    """As a power cut may leave it."""
+def test_a_partial_file_of_unknown_version(server, folder, version):
+    """A power cut may leave such files."""
     folder.mkdir()
     (folder / f"{DATA}.part").write_bytes(b"whatever")
     if version is not None:
@@ -386,16 +431,16 @@ def test_partial_file_of_unknown_version(server, folder, version):
     check_complete(folder, server.files)
 
 
-def test_killed_just_before_the_end(server, folder):
-    """A file got its name, but what stood beside it while it was incomplete is still there."""
+def test_killed_before_the_version_file_is_deleted(server, folder):
+    """A file got its final name, but the file with its version still exists."""
     folder.mkdir()
     (folder / "hparams.json").write_bytes(server.files["hparams.json"])
     (folder / "hparams.json.part.version").write_text('"1"')
     check_completes(folder, server)
 
 
-def test_resumed_with_the_md5_of_the_rest(server, folder):
-    """RFC 2616, 14.15: the Content-MD5 of a 206 is that of the bytes it has, not of the whole file."""
+def test_md5_of_the_rest_is_not_taken_for_the_whole_file(server, folder):
+    """RFC 2616, 14.15: the Content-MD5 of a 206 is that of the bytes it contains."""
     rest_md5 = {"x-ms-blob-content-md5": None, "Content-MD5": OTHER_MD5}
     server.misbehave(DATA, cut(), Fault(headers=rest_md5))
     download(folder)
@@ -407,14 +452,14 @@ def test_resumed_with_the_md5_of_the_rest(server, folder):
     [("7", 7), ("0", 0.5), ("99999", 30), ("Wed, 06 Nov 2019 00:00:00 GMT", 0.5), ("", 0.5)],
 )
 @pytest.mark.parametrize("status", [429, 503])
-def test_waits_as_told(server, folder, naps, status, retry_after, expected):
+def test_waits_for_retry_after(server, folder, naps, status, retry_after, expected):
     server.misbehave(DATA, Fault(status, {"Retry-After": retry_after}))
     download(folder)
     assert naps == [expected]
     check_completes(folder, server)
 
 
-def test_waits_longer_each_time(server, folder, naps):
+def test_waits_double_with_each_retry(server, folder, naps):
     server.misbehave(DATA, Fault(503), times=ALWAYS)
     download_fails(folder, "503")
     assert naps == [0.5, 1, 2, 4]
@@ -424,7 +469,7 @@ def test_waits_longer_each_time(server, folder, naps):
 
 
 def test_redirect_to_another_host(server, folder):
-    """All is fetched there, Range and all."""
+    """The other host is asked for everything, with Range where a download resumes."""
     with Server(server.files) as other:
         there = other.address.replace("127.0.0.1", "localhost")
         for name in SIZES:
@@ -437,7 +482,7 @@ def test_redirect_to_another_host(server, folder):
 
 
 class RedirectingAdapter(requests.adapters.BaseAdapter):
-    """Stands for a server that is asked over https and sends elsewhere."""
+    """Stands for an https server that redirects every request."""
 
     location = None
 
@@ -453,7 +498,7 @@ class RedirectingAdapter(requests.adapters.BaseAdapter):
 
 
 @pytest.mark.parametrize("scheme", ["http", "HTTP"])
-def test_redirect_from_https_to_http_is_refused(server, folder, monkeypatch, scheme):
+def test_redirect_from_https_to_http_raises(server, folder, monkeypatch, scheme):
     class Session(requests.Session):
         def __init__(self):
             super().__init__()
@@ -471,7 +516,7 @@ def test_redirect_from_https_to_http_is_refused(server, folder, monkeypatch, sch
 # No answer
 
 
-def test_nothing_listens(folder, naps, monkeypatch):
+def test_nothing_listens_at_the_address(folder, naps, monkeypatch):
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))  # but does not listen
         monkeypatch.setenv("GPT2_BASE_URL", f"http://127.0.0.1:{bound.getsockname()[1]}")
@@ -492,7 +537,39 @@ def test_never_answers(folder, naps, monkeypatch):
     assert 0.5 < time.monotonic() - started < 10
 
 
-def test_stalls_once(server, folder, monkeypatch):
+@pytest.fixture
+def late(monkeypatch, naps):
+    """A clock on which more than PATIENCE passes with every look at it."""
+    clock = iter(range(0, 10**6, utils.PATIENCE + 1))
+    monkeypatch.setattr(utils, "time", SimpleNamespace(sleep=naps.append, monotonic=lambda: next(clock)))
+
+
+SILENCE = Fault(silent=True, then="close")
+HINT = "--model_size tiny needs no network$"
+
+
+def test_gives_up_a_server_that_never_answers_when_patience_ends(server, folder, late):
+    server.misbehave("checkpoint", SILENCE, times=ALWAYS)
+    download_fails(folder, HINT)
+    assert len(server.requests) == 1
+
+
+def test_retries_a_server_that_never_answers_while_patience_lasts(server, folder):
+    server.misbehave("checkpoint", SILENCE, times=ALWAYS)
+    download_fails(folder, HINT)
+    assert len(server.requests) == 1 + utils.RETRIES
+
+
+@pytest.mark.parametrize(("answer", "n_requests"), [(Fault(503), 5), (cut(), 6)], ids=["status", "bytes"])
+def test_retries_a_server_that_has_answered_after_patience_ends(server, folder, late, answer, n_requests):
+    """An error status is an answer and a failure. Bytes are an answer and progress."""
+    server.misbehave(DATA, answer, SILENCE, times=ALWAYS)
+    error = download_fails(folder, DATA)
+    assert not re.search(HINT, str(error))
+    assert len(server.asked(DATA)) == n_requests
+
+
+def test_resumes_after_a_stall(server, folder, monkeypatch):
     monkeypatch.setattr(utils, "TIMEOUT", (10, 0.5))
     server.misbehave(DATA, cut(then="stall"))
     download(folder)
@@ -500,7 +577,7 @@ def test_stalls_once(server, folder, monkeypatch):
     check_completes(folder, server)
 
 
-def test_stalls_before_every_body(server, folder, monkeypatch):
+def test_gives_up_when_every_body_stalls(server, folder, monkeypatch):
     monkeypatch.setattr(utils, "TIMEOUT", (10, 0.3))
     monkeypatch.setattr(utils, "PATIENCE", 0.5)
     server.misbehave(DATA, cut(0, then="stall"), times=ALWAYS)
@@ -510,8 +587,8 @@ def test_stalls_before_every_body(server, folder, monkeypatch):
     check_completes(folder, server)
 
 
-def test_error_inside_an_error(server, folder):
-    """What the caller is busy with does not get into the message."""
+def test_error_message_while_handling_another_exception(server, folder):
+    """The message is about the download, not about the exception that the caller handles."""
     server.misbehave(DATA, Fault(silent=True, then="reset"), times=ALWAYS)
     try:
         raise KeyError("something else")
@@ -524,14 +601,14 @@ def test_error_inside_an_error(server, folder):
 
 @pytest.fixture
 def verified(server, monkeypatch):
-    """The served files are those whose SHA-256 is known."""
+    """The server, with its files as the published ones: their SHA-256 are known."""
     monkeypatch.delenv("GPT2_ALLOW_UNVERIFIED")
     monkeypatch.setattr(utils, "FILES", {name: hashlib.sha256(body).hexdigest() for name, body in server.files.items()})
     return server
 
 
 @pytest.mark.parametrize("value", [None, "", "0"])
-def test_verified(verified, folder, monkeypatch, value):
+def test_sha256_is_checked_by_default(verified, folder, monkeypatch, value):
     if value is not None:
         monkeypatch.setenv("GPT2_ALLOW_UNVERIFIED", value)
     download(folder, "124M")
@@ -540,8 +617,8 @@ def test_verified(verified, folder, monkeypatch, value):
 
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("model_size", ["124M", "1558M"])
-def test_other_bytes_are_refused(verified, folder, model_size, name):
-    """Of 124M all digests are known, of the others those of the shared vocabulary."""
+def test_other_bytes_raise(verified, folder, model_size, name):
+    """All SHA-256 are known for 124M, for other sizes only those of the shared vocabulary."""
     original = verified.files[name]
     verified.files[name] = other_bytes(original)
     if model_size != "124M" and name not in ("encoder.json", "vocab.bpe"):
@@ -554,8 +631,8 @@ def test_other_bytes_are_refused(verified, folder, model_size, name):
     check_completes(folder, verified)
 
 
-def test_published_digests(server, folder, monkeypatch, real_vocabulary):
-    """GPT-2's own vocabulary passes; the random bytes that the server has do not."""
+def test_published_sha256_of_the_vocabulary(server, folder, monkeypatch, real_vocabulary):
+    """GPT-2's vocabulary passes the check. Random files do not."""
     monkeypatch.delenv("GPT2_ALLOW_UNVERIFIED")
     download_fails(folder, r"encoder\.json.*sha256")
     for name in ("encoder.json", "vocab.bpe"):
@@ -563,7 +640,7 @@ def test_published_digests(server, folder, monkeypatch, real_vocabulary):
     check_completes(folder, server)
 
 
-def test_unverified_is_said(verified, folder, monkeypatch, capfd):
+def test_unverified_downloads_give_a_warning(verified, folder, monkeypatch, capfd):
     monkeypatch.setenv("GPT2_ALLOW_UNVERIFIED", "1")
     verified.files["vocab.bpe"] = b"mine"
     download(folder)
@@ -574,19 +651,19 @@ def test_unverified_is_said(verified, folder, monkeypatch, capfd):
 # Standard error
 
 
-def test_nothing_is_printed_without_a_terminal(verified, folder, capfd):
+def test_no_progress_bar_without_a_terminal(verified, folder, capfd):
     download(folder)
     assert capfd.readouterr() == ("", "")
 
 
-def test_bars_end_at_100_percent(server, folder):
-    server.misbehave("model.ckpt.meta", cut(20_000))  # its second bar goes on from the first
+def test_progress_bars_end_at_100_percent(server, folder):
+    server.misbehave("model.ckpt.meta", cut(20_000))  # its second bar starts where the first one ended
     leader, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # rows, columns
     with subprocess.Popen([*DOWNLOAD, str(folder)], cwd=ROOT, stderr=terminal) as process:
         os.close(terminal)
         shown = b""
-        with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        with contextlib.suppress(OSError):  # on Linux this means that the other end is closed
             while piece := os.read(leader, 1 << 16):
                 shown += piece
         os.close(leader)
@@ -602,7 +679,7 @@ def test_bars_end_at_100_percent(server, folder):
 
 
 class FullDisk:
-    """open() for files on a disk with so many bytes of room."""
+    """open() for files on a disk with `room` bytes left."""
 
     def __init__(self, room):
         self.room = room
@@ -631,11 +708,11 @@ def test_full_disk(server, folder, monkeypatch, room):
         error = download_fails(folder, r"No space left on device: .*/355M/.*\.part")
     assert error.errno == errno.ENOSPC
     assert sum(path.stat().st_size for path in folder.iterdir()) <= room
-    assert room < 100 or list(folder.glob("*.part"))  # what had come is kept
+    assert room < 100 or list(folder.glob("*.part"))  # the bytes that arrived are kept
     check_completes(folder, server)
 
 
-def test_full_disk_for_real(server, folder):
+def test_full_tmpfs(server, folder):
     folder.mkdir()
 
     def mount(*options):
@@ -645,7 +722,7 @@ def test_full_disk_for_real(server, folder):
             return False
 
     if not mount("-t", "tmpfs", "-o", "size=128k", "tmpfs"):
-        pytest.skip("needs the right to mount a tmpfs")
+        pytest.skip("needs permission to mount a tmpfs")
     try:
         error = download_fails(folder, r"No space left on device: .*/355M/.*\.part")
         assert error.errno == errno.ENOSPC
@@ -656,7 +733,7 @@ def test_full_disk_for_real(server, folder):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_file_where_the_folder_should_be(server, folder):
+def test_a_file_in_place_of_the_folder(server, folder):
     folder.write_text("a file")
     download_fails(folder, "355M")
     download_fails(folder / "below", "355M")
@@ -664,10 +741,10 @@ def test_file_where_the_folder_should_be(server, folder):
     assert server.sent == 0
 
 
-def test_folder_that_cannot_be_written(server, folder):
+def test_a_folder_that_cannot_be_written(server, folder):
     folder.mkdir(mode=0o500)
     if os.access(folder, os.W_OK):
-        pytest.skip("root may write everywhere")
+        pytest.skip("root can write everywhere")
     error = download_fails(folder, "checkpoint")
     assert isinstance(error, PermissionError)
     folder.chmod(0o700)
@@ -675,7 +752,7 @@ def test_folder_that_cannot_be_written(server, folder):
 
 
 @pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
-def test_permissions(server, folder, umask, expected):
+def test_file_permissions_follow_the_umask(server, folder, umask, expected):
     before = os.umask(umask)
     try:
         download(folder)
@@ -685,8 +762,8 @@ def test_permissions(server, folder, umask, expected):
 
 
 @pytest.mark.parametrize("error_number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_folder_that_cannot_be_locked(server, folder, monkeypatch, error_number):
-    """Some network file systems have no locks; the download goes on without."""
+def test_a_folder_that_cannot_be_locked(server, folder, monkeypatch, error_number):
+    """Some network file systems have no locks. The download works without one."""
 
     def flock(*args):
         raise OSError(error_number, os.strerror(error_number))
@@ -697,7 +774,7 @@ def test_folder_that_cannot_be_locked(server, folder, monkeypatch, error_number)
 
 # Processes
 
-# Ctrl-C has to work in tests that run in the background, too. The patience is for a busy machine.
+# SIGINT is ignored in processes that a shell started in the background. The long timeouts are for a busy machine.
 DOWNLOAD = (
     sys.executable,
     "-c",
@@ -708,7 +785,7 @@ DOWNLOAD = (
 
 @pytest.mark.parametrize("nth", range(N_KILLS))
 def test_killed(server, folder, nth):
-    """SIGINT and SIGKILL in turn, at points spread over all that has to come."""
+    """SIGINT and SIGKILL in turn, at points spread over the whole download."""
     server.files = random_files(seed=nth, **{DATA: 3_000_000, "model.ckpt.meta": 500_000})
     server.piece, server.seconds_per_piece = 1 << 15, 0.003
     how = (signal.SIGINT, signal.SIGKILL)[nth % 2]
@@ -727,8 +804,8 @@ def test_killed(server, folder, nth):
 
 
 @pytest.mark.parametrize("n_processes", [2, 8])
-def test_at_once(server, folder, n_processes, tmp_path):
-    """One downloads, the others wait for it: held up by the server until they all do."""
+def test_processes_wait_for_each_other(server, folder, n_processes, tmp_path):
+    """One process downloads. The server holds its answer back until all others wait for the lock."""
     server.gate.clear()
     logs = [tmp_path / f"{i}.log" for i in range(n_processes)]
     processes = []

@@ -1,4 +1,4 @@
-"""Known answers of OpenAI's own weights; skipped where they are not there."""
+"""Known answers of OpenAI's weights. Each test is skipped if its model is not in models/."""
 
 import pytest
 from helpers import REAL_MODELS_DIR
