@@ -1,0 +1,180 @@
+"""Make tests/data/hugging_face: small models as transformers and tokenizers save them, and what these compute.
+
+    pip install torch transformers && python tests/make_hugging_face.py
+
+Each folder is a model with random weights. expected.npz holds transformers' logits and greedy ids, expected.json the
+ids that tokenizers gives for some difficult texts.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+DATA_DIR = Path(__file__).parent / "data"
+FOLDER = DATA_DIR / "hugging_face"
+N_CTX, N_GREEDY = 64, 60
+LOGITS_STEP = 19  # only every 19th logit is stored: the greedy ids depend on all of them
+END = "<|endoftext|>"
+ROBERTA_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+TEXTS = [
+    *("", " ", "  ", "a", "the", " the", "  the", "the ", "the  ", "\n", "\n\n", " \n", "\n ", "\r\n\r\n"),
+    *("\t\tif x:\n\t\t\tpass\n", " \t \n \v \f ", "Hello, world!", "ROMEO:\nWhat light through yonder window breaks?"),
+    *("thou art the theme of the other", "I'm, you're, he'd, we'll, they've, it's, can't", "I'M YOU'RE HE'D"),
+    *("don''t 's 't'll", "’tis the ’s", "12345 3.14159 1,000,000 ²½Ⅷ ٣٤ x2y", "naïve rôle Ångström ﬁne", "Привет, мир"),
+    *("你好,世界", "שלום עולם", "e\u0301 z\u0327\u0308 \u0301", "🙂🙃 \U0001f469\u200d\U0001f467 🇩🇪", "ſ ß İ ı ǅ"),
+    *("\u00a0nbsp\u2003em\u3000wide\u2028line\u0085next", "\ufeffbom\u200bzero", "\x00\x01\x1b\x7f", "a\x1cb \x1f c"),
+    *("...!!!---", "a_b-c/d\\e", "<tag attr='x'>", "$x^2$ {}", "a" * 130, "th" * 90, " " * 70, "?!" * 60),
+    *("\U0010ffff\ue000", "\u0e17\u0e35\u0e48 \u0915\u094d\u0937"),
+]  # fmt: skip
+
+
+# Vocabularies
+
+
+def training_text():
+    return (DATA_DIR / "shakespeare_held_out.txt").read_text(encoding="utf-8")[:20_000]
+
+
+def train(special_tokens, n_vocab):
+    """A byte-level BPE of the tokenizers package. It puts the special tokens first."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(
+        [training_text()], vocab_size=n_vocab, special_tokens=special_tokens, show_progress=False
+    )
+    return tokenizer
+
+
+def save_with_special_tokens_last(folder, n_merges):
+    """GPT-2's own order: bytes, merges, <|endoftext|>."""
+    tokenizer = train([], 256 + n_merges)
+    tokenizer.save_model(str(folder))
+    vocabulary = tokenizer.get_vocab()
+    tokens = [*sorted(vocabulary, key=vocabulary.get), END]
+    vocabulary = json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False, separators=(",", ":"))
+    (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
+
+
+def save_with_special_tokens_first(folder):
+    train(ROBERTA_TOKENS, 290).save_model(str(folder))
+
+
+def save_with_added_tokens(folder):
+    """As older versions of transformers do it: the tokens from 287 on are only in added_tokens.json."""
+    save_with_special_tokens_last(folder, 30)
+    (folder / "added_tokens.json").write_text(json.dumps({"<sep>": 287, "<|user name|>": 288}))
+
+
+def save_tokenizer_json(folder):
+    """As transformers 5 does it: everything is in tokenizer.json, with an added token."""
+    from transformers import GPT2Tokenizer
+
+    save_with_special_tokens_last(folder, 30)
+    tokenizer = GPT2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer.add_tokens(["<|user name|>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+
+
+def tokenizers_ids(folder):
+    """The ids of TEXTS, from tokenizers. transformers must give the same."""
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
+    from transformers import AutoTokenizer
+
+    if (folder / "tokenizer.json").exists():
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    else:
+        tokenizer = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
+    of_transformers = AutoTokenizer.from_pretrained(folder)
+    assert ids == [of_transformers.encode(text, add_special_tokens=False) for text in TEXTS], folder
+    return ids
+
+
+# Models
+
+
+def random_model(n_vocab, seed=0, **sizes):
+    """A GPT2LMHeadModel whose parameters are all random, so that each of them matters."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 8, "n_head": 2, "n_layer": 2} | sizes
+    config = GPT2Config(vocab_size=n_vocab, n_positions=N_CTX, bos_token_id=None, eos_token_id=None, **sizes)
+    model, generator = GPT2LMHeadModel(config).eval(), torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        mean = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
+        parameter.data = mean + 0.4 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def without_some_tokens(model, start):
+    """The model, changed so that it never finds the tokens from `start` on likely."""
+    model.transformer.wte.weight.data[start:] = 0
+    return model
+
+
+def results(model, n_tokens, seed):
+    """{name: array}: random ids over the full context, logits of these, and the greedy ids after the first four."""
+    import torch
+
+    model = model.float()
+    ids = np.random.RandomState(seed).randint(0, n_tokens, N_CTX)
+    logits = model(torch.from_numpy(ids)[None]).logits[0, :, :n_tokens].numpy()
+    text = ids[:4].tolist()
+    for _ in range(N_GREEDY):
+        likeliest = model(torch.tensor([text])).logits[0, -1, :n_tokens].topk(2)
+        assert likeliest.values[0] - likeliest.values[1] > 1e-4, "rounding could change the greedy ids"
+        text.append(int(likeliest.indices[0]))
+    return {
+        "ids": ids.astype(np.int32),
+        "logits": np.ascontiguousarray(logits[:, ::LOGITS_STEP]),
+        "greedy": np.array(text[4:], np.int32),
+    }
+
+
+def main():
+    import torch
+
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    expected_arrays, expected_ids = {}, {}
+
+    def add(name, n_tokens, save_vocabulary, model, change=lambda model: model, **options):
+        folder = FOLDER / name
+        folder.mkdir(parents=True)
+        save_vocabulary(folder)
+        change(model).save_pretrained(folder, **options)
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        for path in folder.glob("*"):
+            path.chmod(0o644)
+        arrays = results(model, n_tokens, seed=len(expected_arrays))
+        expected_arrays.update({f"{name}/{key}": array for key, array in arrays.items()})
+        expected_ids[name] = tokenizers_ids(folder)
+        if save_vocabulary is gpt2_order and name != "whole":  # the same vocabulary: store its ids once
+            assert expected_ids.pop(name) == expected_ids["whole"]
+
+    def gpt2_order(folder):
+        save_with_special_tokens_last(folder, 23)
+
+    with torch.no_grad():
+        add("whole", 280, gpt2_order, random_model(280))
+        add("sharded", 280, gpt2_order, random_model(280, seed=1), max_shard_size="8KB")
+        add("float16", 280, gpt2_order, random_model(280, seed=2).half())
+        add("bfloat16", 280, gpt2_order, random_model(280, seed=3).bfloat16())
+        add("no_prefix", 280, gpt2_order, random_model(280, seed=4), lambda model: model.transformer)
+        add("six_layers", 280, gpt2_order, random_model(280, seed=5, n_layer=6, n_inner=12))
+        add("padded", 280, gpt2_order, random_model(320, seed=6))
+        add("special_tokens_first", 290, save_with_special_tokens_first, random_model(290, seed=7, n_head=1))
+        add("added_tokens", 287, save_with_added_tokens, without_some_tokens(random_model(289, seed=8, n_head=4), 287))
+        add("tokenizer_json", 288, save_tokenizer_json, random_model(288, seed=9, n_embd=10, n_head=5))
+    np.savez_compressed(FOLDER / "expected.npz", **expected_arrays)
+    content = json.dumps({"texts": TEXTS, "ids": expected_ids}, separators=(",", ":"))
+    (FOLDER / "expected.json").write_text(content + "\n")
+
+
+if __name__ == "__main__":
+    main()
