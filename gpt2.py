@@ -55,7 +55,7 @@ def gelu(x):
 
 def softmax(x):
     """exp(x) / sum(exp(x)) over the last axis. Subtracting the maximum prevents overflow and changes nothing else."""
-    exp_x = np.exp(x - x.max(axis=-1, keepdims=True))
+    exp_x = np.exp(x - np.max(x, axis=-1, keepdims=True))
     exp_x /= exp_x.sum(axis=-1, keepdims=True)
     return exp_x
 
@@ -71,7 +71,7 @@ def layer_norm(x, g, b, eps=1e-5):
 
 def matmul(x, w):
     """x @ w as one product for all leading axes: x [..., n_in], w [n_in, n_out] -> [..., n_out]."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = np.asarray(x, np.result_type(x, np.float32)).reshape(-1, x.shape[-1])
     y = (w.T @ rows.T).T if 1 < len(rows) < FEW_ROWS else rows @ w
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
@@ -189,12 +189,12 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, n_out=None):
     return matmul(layer_norm(x, **ln_f), wte.T)  # weight tying: the embeddings are the output weights, too
 
 
-def _checked_ids(ids, n_vocab):
+def _checked_ids(ids, n_vocab, max_ndim=32):
     """Return ids as an integer array. Raise what gpt2 documents."""
     ids = np.asarray(ids)
     if ids.size == 0:
         raise ValueError("there are no token ids: at least one is needed")
-    if ids.dtype.kind not in "iu" or ids.ndim == 0:
+    if ids.dtype.kind not in "iu" or not 1 <= ids.ndim <= max_ndim:
         raise TypeError(f"expected a sequence of integers as token ids, got {ids.dtype.type.__name__} {ids.shape}")
     for wrong in ids[(ids < 0) | (ids >= n_vocab)]:
         raise ValueError(f"{wrong} is not a token id: the vocabulary has {n_vocab} tokens")
@@ -259,7 +259,7 @@ def stream(inputs, params, n_head, n_tokens_to_generate, *,
     """
     sampling = _check(temperature=temperature, top_k=top_k, top_p=top_p)
     _check(n_tokens_to_generate=n_tokens_to_generate, seed=seed, n_samples=n_samples)
-    prompt, n_ctx = _checked_ids(list(inputs), len(params["wte"])), len(params["wpe"])
+    prompt, n_ctx = _checked_ids(list(inputs), len(params["wte"]), max_ndim=1), len(params["wpe"])
     rngs = [np.random.default_rng(each) for each in np.random.SeedSequence(seed).spawn(n_samples or 1)]
 
     def steps():
@@ -298,7 +298,7 @@ def log_probs(ids, params, n_head):
     by n_ctx // 2: each id once, with the context that its window gives. This is the method of transformers' guide
     "Perplexity of fixed-length models", with a stride of n_ctx // 2. Raises what `gpt2` raises.
     """
-    ids, n_ctx = _checked_ids(list(ids), len(params["wte"])), len(params["wpe"])
+    ids, n_ctx = _checked_ids(list(ids), len(params["wte"]), max_ndim=1), len(params["wpe"])
     n_window, stride = n_ctx + 1 if len(ids) <= n_ctx + 1 else max(n_ctx, 2), max(n_ctx // 2, 1)
     parts, n_scored = [np.empty(0, np.float32)], 1  # the first id has no context
     for start in range(0, max(len(ids) - n_window, 0) + stride, stride) if len(ids) > 1 else ():
@@ -317,20 +317,20 @@ _OPTIONS = {  # name: (type, what it must be, whether it is that)
     "top_k": (int, "a whole number, 0 or more", lambda k: k >= 0),
     "top_p": (float, "above 0 and at most 1", lambda p: 0 < p <= 1),
     "seed": (int, "a whole number, 0 or more", lambda seed: seed is None or seed >= 0),
-    "n_samples": (int, "a whole number, 1 or more", lambda n: n is None or n >= 1),
+    "n_samples": (int, "a whole number from 1 to 100000", lambda n: n is None or 1 <= n <= 100_000),
     "stop": (str, "a text of at least one character", lambda text: text is None or text),
 }
 
 
 def _check(prefix="", /, **options):
-    """Return the options, strings from the command line converted to their type. Raise ValueError if one is invalid."""
+    """Return the options, each converted to its type. Raise ValueError if one is invalid."""
     for name, value in options.items():
         kind, words, is_valid = _OPTIONS[name]
-        with contextlib.suppress(TypeError, ValueError):
-            options[name] = kind(value) if isinstance(value, str) else value
-            if is_valid(options[name]):  # NaN is not
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            options[name] = value if value is None else kind(value)
+            if is_valid(options[name]) and (isinstance(value, str) or options[name] == value):
                 continue
-        raise ValueError(f"{prefix}{name} must be {words}, got {options[name]!r}")
+        raise ValueError(f"{prefix}{name} must be {words}, got {options[name] if isinstance(value, str) else value!r}")
     return options
 
 
@@ -355,7 +355,7 @@ def continuation(prompt, model, n_tokens_to_generate=40, *, n_samples=1, stop=No
         if n_samples == 1:
             yield samples[0]
             samples[0] = ""
-        if all(text.stopped for text in texts):
+        if all(text.stopped or token_id is None for text, token_id in zip(texts, row, strict=True)):
             break
     for i, text in enumerate(texts):
         heading = f"{'=' * 40} SAMPLE {i + 1} {'=' * 40}\n" * (n_samples > 1)

@@ -558,7 +558,7 @@ def robust_streams():
     """Let a command run with standard streams that are closed, cannot be written, or cannot show a character."""
     for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
         if getattr(sys, name) is None:  # closed: the next file to be opened would take its place
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, closefd=False))  # noqa: SIM115
         getattr(sys, name).reconfigure(errors="replace")
     try:
         yield
