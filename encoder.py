@@ -1,11 +1,11 @@
-"""GPT-2's byte-level BPE: text <-> token ids, the same ids as those of OpenAI's encoder and tiktoken.
+r"""GPT-2's byte-level BPE: text <-> token ids, with the same ids as OpenAI's encoder and tiktoken.
 
 A text becomes ids in four steps, shown here for " rôle":
 
     words   split the text into words; a space belongs to the word after it   " rôle"
-    bytes   encode each word as UTF-8                                         b" r\\xc3\\xb4le"
+    bytes   encode each word as UTF-8                                         b" r\xc3\xb4le"
     chars   write each byte as one printable character (BYTE_CHARS)           "ĠrÃ´le"
-    merges  join neighbours, always the pair that vocab.bpe lists first       "Ġr" "Ã´" "le"
+    merges  repeatedly join the adjacent pair that is first in vocab.bpe      "Ġr" "Ã´" "le"
 
 encoder.json maps these tokens to ids. Merges do not cross words, so each word is encoded once and remembered.
 """
@@ -16,15 +16,15 @@ import json
 import os
 import re
 import sys
-from itertools import chain, pairwise, repeat
+from itertools import chain, pairwise
 
 import regex
 
-# A word is an English contraction, or letters, digits or other characters with at most one space before them, or white
-# space, whose last space goes to the next word. The ++ do not backtrack: this changes the time, not the matches.
+# A word is an English contraction; or letters, digits or other characters after at most one space; or white space,
+# without the last space before a word. ++ is possessive: it does not backtrack, which is faster and matches the same.
 WORD = regex.compile(r" ?\p{L}++|'(?:[sdmt]|ll|ve|re)| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
-# ASCII text needs only Python's re, which is twice as fast. A text is cut into pieces, before a space or line end that
-# follows another character. The pieces have the same words as the whole text, and many are ASCII.
+# Python's re is twice as fast, but only for ASCII. So a text is cut into pieces before a space or newline that follows
+# another character: the words stay the same, and many pieces are ASCII.
 ASCII_WORD = re.compile(r" ?[A-Za-z]+|'(?:[sdmt]|ll|ve|re)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s", re.ASCII)
 PIECE = re.compile(r".{250}.*?\S(?=[ \n])|.+", re.DOTALL)
 
@@ -35,7 +35,7 @@ BYTE_CHARS = "".join(chr(byte if byte in _PRINTABLE else next(_OTHERS)) for byte
 _CHAR_BYTES, _CHARS = codecs.charmap_build(BYTE_CHARS), set(BYTE_CHARS)
 
 _NO_RANK = sys.maxsize
-_CACHE_WORDS, _CACHE_WORD_CHARS = 2**17, 64  # remember this many words, and none that is longer
+_CACHE_WORDS, _CACHE_WORD_CHARS = 2**17, 64  # cache at most this many words, and only words up to this length
 
 
 def _chars(text: str) -> str:
@@ -52,21 +52,18 @@ class _Computed(dict):
         value = self.compute(key)
         if len(self) >= _CACHE_WORDS:
             self.clear()
-        if len(str(key)) <= _CACHE_WORD_CHARS:
-            self[key] = value
-        return value
+        return self.setdefault(key, value) if len(str(key)) <= _CACHE_WORD_CHARS else value
 
 
 class Encoder:
     """Byte-level BPE with a vocabulary and merges.
 
     encoder: {token: id}, with tokens written in BYTE_CHARS. bpe_merges: pairs of tokens, the first to join first.
-    errors: what to do with bytes that are not UTF-8, as in `bytes.decode`.
-    ignore_merges: whether a word that is a token itself is taken as it is (as by tiktoken), or always made by merges.
+    errors: how to decode invalid UTF-8, as in `bytes.decode`.
+    ignore_merges: if a whole word is a token, use it without applying merges (as tiktoken does).
 
-    >>> encoder = get_encoder("124M", "models")  # doctest: +SKIP
-    >>> encoder.encode("Hello world")  # doctest: +SKIP
-    [15496, 995]
+    >>> get_encoder("tiny", "models").encode("ROMEO:")
+    [813, 25]
     """
 
     def __init__(self, encoder: dict[str, int], bpe_merges: list[tuple], errors: str = "replace", ignore_merges=True):
@@ -79,11 +76,11 @@ class Encoder:
         self._token_bytes = _Computed(self._decode_token)
 
     def bpe(self, chars: str) -> list[str]:
-        """Join the characters of a word into tokens: as long as possible, the leftmost pair of the lowest rank."""
+        """Merge the characters of a word into tokens: repeatedly join the leftmost pair of the lowest rank."""
         if len(chars) > 100:
-            return self._bpe_of_many(chars)
+            return self._bpe_long(chars)
         tokens, rank = list(chars), self.bpe_ranks.get
-        ranks = list(map(rank, pairwise(tokens), repeat(_NO_RANK)))
+        ranks = [rank(pair, _NO_RANK) for pair in pairwise(tokens)]
         while ranks and (least := min(ranks)) < _NO_RANK:
             i = ranks.index(least)
             tokens[i] += tokens.pop(i + 1)
@@ -94,8 +91,8 @@ class Encoder:
                 ranks[i - 1] = rank((tokens[i - 1], tokens[i]), _NO_RANK)
         return tokens
 
-    def _bpe_of_many(self, chars: str) -> list[str]:
-        """Do the same in O(n log n). For a few characters the other loop is faster, but it is quadratic.
+    def _bpe_long(self, chars: str) -> list[str]:
+        """bpe in O(n log n). The loop in bpe is quadratic, but faster for short words.
 
         The heap holds the pairs to join. An entry is outdated if one of its tokens has been joined since.
         """
@@ -133,7 +130,7 @@ class Encoder:
     def encode(self, text: str) -> list[int]:
         """Turn any text into token ids. `<|endoftext|>` in it is ordinary text.
 
-        Pairs of surrogates count as the character they stand for, lone ones as U+FFFD: UTF-8 cannot encode them.
+        A surrogate pair is encoded as its character, a lone surrogate as U+FFFD: UTF-8 has neither.
         """
         try:
             text.encode("utf-8")
@@ -148,14 +145,14 @@ class Encoder:
         return self.decode_bytes(ids).decode("utf-8", self.errors)
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        """Turn token ids into the bytes of their text. A token may end inside a character of several bytes."""
+        """Turn token ids into the bytes of their text. A token may end inside a multi-byte character."""
         return "".join(map(self._token_bytes.__getitem__, ids)).encode("latin-1")
 
 
 class TextDecoder:
     """Decodes the ids of a text piece by piece, up to the first `stop` in it. `stopped` tells whether it was found.
 
-    Together, the pieces are what encoder.decode returns for all ids.
+    Together, the pieces equal encoder.decode of all ids, up to stop.
     """
 
     def __init__(self, encoder: Encoder, stop: str | None = None):
@@ -164,7 +161,7 @@ class TextDecoder:
         self._held = ""  # text that may be the beginning of stop
 
     def decode(self, ids: list[int], final: bool = False) -> str:
-        """Return the next piece: the text that is certain, without an incomplete character or the beginning of stop."""
+        """Return the next piece. Holds back an incomplete character and a possible beginning of stop."""
         if self.stopped:
             return ""
         text = self._held + self._characters.decode(self.encoder.decode_bytes(ids), final)
@@ -183,8 +180,8 @@ def get_encoder(model_name: str, models_dir: str) -> Encoder:
     OpenAI's layout is encoder.json ({token: id}) and vocab.bpe (a version line, then one merge per line: two tokens and
     a space between them). Hugging Face's is the same under the names vocab.json and merges.txt, or tokenizer.json.
 
-    Raises ValueError, with the file's name, if they are not a vocabulary: ids 0 to n - 1, the 256 bytes in GPT-2's
-    order, then the tokens that the merges make, in theirs. Special tokens may come before or after these.
+    Raises ValueError, naming the file, unless the ids are 0 to n - 1 and the 256 bytes in GPT-2's order are followed by
+    the merged tokens in the order of the merges. Special tokens may come before or after these.
     """
     names = {"encoder.json": "vocab.bpe", "vocab.json": "merges.txt", "tokenizer.json": "tokenizer.json"}
     name = next((name for name in names if os.path.isfile(os.path.join(models_dir, model_name, name))), "encoder.json")
@@ -194,22 +191,20 @@ def get_encoder(model_name: str, models_dir: str) -> Encoder:
             vocabulary = json.load(file)
         if name == "tokenizer.json":
             vocabulary, merges = _read_tokenizer(vocabulary)
-        if name != "encoder.json":  # a special token with other characters than BYTE_CHARS is written as its bytes
+        if name != "encoder.json":  # write special tokens with other characters in BYTE_CHARS, too
             vocabulary = {token if set(token) <= _CHARS else _chars(token): i for token, i in vocabulary.items()}
         ids = list(vocabulary.values())
         if set(map(type, ids)) != {int} or sorted(ids) != list(range(len(ids))):
-            raise ValueError("it does not give its tokens the ids from 0 up, each once")
+            raise ValueError("the ids are not 0 to n - 1, each used once")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not a vocabulary of GPT-2's kind: {error}; replace it with an intact copy"
-        ) from None
+        raise ValueError(f"{path} is not a GPT-2 vocabulary: {error}; replace it with an intact copy") from None
     try:
         if name != "tokenizer.json":
             with open(merges_path, encoding="utf-8") as file:
                 version, _, lines = file.read().removesuffix("\n").partition("\n")
             parts = lines.replace("\n", " ").split(" ") if lines else []
             if not version.startswith("#version") or len(parts) % 2 or "" in parts:
-                raise ValueError("it is not a #version line and then two tokens per line")
+                raise ValueError("expected a #version line, then two tokens per line")
             merges = list(zip(parts[::2], parts[1::2], strict=True))
         _check_tokens(vocabulary, merges, can_be_cut=name != "tokenizer.json")
     except (ValueError, TypeError) as error:
@@ -218,30 +213,32 @@ def get_encoder(model_name: str, models_dir: str) -> Encoder:
 
 
 def _read_tokenizer(content: dict) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Take vocabulary and merges from a tokenizer.json of the tokenizers package."""
+    """Read the vocabulary and the merges of a tokenizer.json of the tokenizers package."""
     splitter, model = content.get("pre_tokenizer") or {}, content["model"]
     is_gpt2s = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
     if not is_gpt2s or splitter.get("add_prefix_space") or content.get("normalizer") or model.get("ignore_merges"):
-        raise ValueError("its normalizer, pre_tokenizer or model is not GPT-2's")
+        raise ValueError("its normalizer, pre_tokenizer or model differs from GPT-2's")
     vocabulary = model["vocab"] | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
     merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     return vocabulary, [(left, right) for left, right in merges]
 
 
 def _check_tokens(vocabulary: dict[str, int], merges: list[tuple[str, str]], can_be_cut: bool) -> None:
-    """Raise ValueError unless the bytes and then the tokens that the merges make follow one another, by id.
+    """Raise ValueError unless the 256 bytes are followed by the tokens that the merges make, by id.
 
-    can_be_cut: whether the last merges can be missing. Then no other token may look as if a merge made it.
+    can_be_cut: whether the file may lack its last merges. Then any other token that looks merged is an error.
     """
     tokens = sorted(vocabulary, key=vocabulary.get)
-    expected = list(dict.fromkeys(chain(sorted(BYTE_CHARS), map("".join, merges))))  # two merges can make one token
+    expected = list(
+        dict.fromkeys(chain(sorted(BYTE_CHARS), map("".join, merges)))
+    )  # two merges can make the same token
     start = vocabulary.get(expected[0], 0)
     end = start + len(expected)
     if tokens[start:end] != expected or len(set(merges)) < len(merges):
-        raise ValueError("its tokens are missing there, or have other ids")
+        raise ValueError("the tokens of its merges are missing or have other ids, or a merge is listed twice")
     for token in tokens[:start] + tokens[end:]:
         may_be_merged = can_be_cut and not re.fullmatch(r"<.*>|\[.*\]", token)
         if may_be_merged and any(token[:i] in vocabulary and token[i:] in vocabulary for i in range(1, len(token))):
-            raise ValueError(f"it does not say which merge makes {token!r}")
+            raise ValueError(f"no merge makes the token {token!r}")
         if not set(token) <= _CHARS:
-            raise ValueError(f"{token!r} has characters that stand for no byte")
+            raise ValueError(f"{token!r} has characters outside BYTE_CHARS")

@@ -21,17 +21,17 @@ import sys
 
 import numpy as np
 
-BLOCK_ROWS = 32  # rows for gelu and layer_norm: their temporaries then stay in the CPU's cache
-ATTENTION_ROWS = 128  # queries for attention: enough for efficient products, and most future keys are skipped
-FEW_ROWS = 64  # below this, OpenBLAS computes the transpose of a product faster than the product
+BLOCK_ROWS = 32  # rows per block in gelu and layer_norm: the temporaries fit into the CPU's cache
+ATTENTION_ROWS = 128  # queries per block: large enough for fast products, small enough to skip most future keys
+FEW_ROWS = 64  # with fewer rows than this, (w.T @ x.T).T is faster than x @ w in OpenBLAS
 
 # glibc returns freed memory to the system, and new pages must be zeroed again. Freeing one large block first raises its
-# threshold, so later temporaries are reused: a long prompt takes 8 % less time.
+# threshold, so later temporaries are reused: a long prompt takes 8% less time.
 np.empty(32_000_000, np.uint8)
 
 
 def in_blocks_of_rows(function):
-    """Apply a function of x's last axis to BLOCK_ROWS rows at a time. The result is the same."""
+    """Decorator: apply a function that works on each row (last axis) to BLOCK_ROWS rows at a time."""
 
     @functools.wraps(function)
     def in_blocks(x, *args, **kwargs):
@@ -84,12 +84,12 @@ def linear(x, w, b):
 
 
 def ffn(x, c_fc, c_proj):
-    """Feed-forward network, for each position alone: [..., n_embd] -> [..., 4 * n_embd] -> [..., n_embd]."""
+    """Feed-forward network, applied to each position: [..., n_embd] -> [..., 4 * n_embd] -> [..., n_embd]."""
     return linear(gelu(linear(x, **c_fc)), **c_proj)
 
 
 def attention(q, k, v, mask=0.0):
-    """Scaled dot-product attention (Vaswani et al., 2017): for each query, a mean of v weighted by how well k matches.
+    """Scaled dot-product attention (Vaswani et al., 2017): the mean of v, weighted by how well k matches q.
 
     q [..., n_q, d_head], k and v [..., n_kv, d_head], mask [n_q, n_kv] -> [..., n_q, d_head].
     """
@@ -99,7 +99,7 @@ def attention(q, k, v, mask=0.0):
 
 @functools.lru_cache(maxsize=8)  # all layers use the same masks
 def causal_mask(n_q, n_kv):
-    """0 for the past and the query itself, -1e10 for the future -> [n_q, n_kv], for the last n_q of n_kv positions.
+    """Mask [n_q, n_kv] for the last n_q of n_kv positions: 0 up to the query's own position, -1e10 after it.
 
     causal_mask(2, 3) is [[0, 0, -1e10], [0, 0, 0]]. The array is read-only.
     """
@@ -114,7 +114,7 @@ def causal_attention(q, k, v):
     parts = []
     for start in range(0, n_q, ATTENTION_ROWS):
         end = min(start + ATTENTION_ROWS, n_q)
-        n_seen = n_kv - n_q + end  # the keys after these are in the future of all queries in this part
+        n_seen = n_kv - n_q + end  # later keys are in the future of every query in this block
         mask = causal_mask(end - start, n_seen)
         parts.append(attention(q[..., start:end, :], k[..., :n_seen, :], v[..., :n_seen, :], mask))
     return np.concatenate(parts, axis=-2)
@@ -123,11 +123,11 @@ def causal_attention(q, k, v):
 def mha(x, c_attn, c_proj, n_head, kv=None, n_out=None):
     """Causal multi-head self-attention: [..., n_seq, n_embd] -> [..., n_out, n_embd], for the last n_out positions.
 
-    kv: this layer's part of a KVCache, [2, ..., n_head, n_kv, d_head]. Its last n_seq places are filled here.
-    n_out: all n_seq by default.
+    kv: this layer's part of a KVCache, [2, ..., n_head, n_kv, d_head]. mha fills its last n_seq positions.
+    n_out: the number of last positions to compute (1 or more); all by default.
 
     Example: in 124M, 10 tokens are x [10, 768]. c_attn turns it into qkv [10, 2304]: for each token 3 * 12 heads * 64.
-    So q, k, v and the result of attention are [12, 10, 64] each. With its heads side by side, it is [10, 768] again.
+    So q, k, v and the result of attention are [12, 10, 64] each. Joining the heads gives [10, 768] again.
     """
     *batch, n_seq, n_embd = x.shape
     qkv = linear(x, **c_attn)  # [..., n_seq, 3 * n_embd]
@@ -153,7 +153,7 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None, n_out=None):
 class KVCache:
     """The keys and values of the tokens that the model has processed, so that it need not process them again.
 
-    params, n_head: the model's. n_max: how many tokens fit, n_ctx by default. batch: the shape of the leading axes.
+    params, n_head: of the model. n_max: how many tokens fit, n_ctx by default. batch: the shape of the leading axes.
     kv is float32 [n_layer, 2, *batch, n_head, n_max, d_head]. Its first n_past tokens are valid.
     """
 
@@ -163,15 +163,15 @@ class KVCache:
         self.n_past = 0
 
 
-@np.errstate(under="ignore")  # in softmax, whatever np.seterr says
+@np.errstate(under="ignore")  # softmax may underflow, whatever np.seterr is set to
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, n_out=None):
     """Predict the token after each position: token ids [..., n_seq] -> float32 logits [..., n_out, n_vocab].
 
     cache: a KVCache. The inputs continue the tokens in it and are added to it.
-    n_out: for how many of the last positions to compute logits, all n_seq by default.
+    n_out: the number of last positions to compute logits for (1 or more); all by default.
 
     Raises TypeError if the inputs are not integers. Raises ValueError if there are none, if one is not in the
-    vocabulary, or if there are more tokens than the model (n_ctx) or the cache (n_max) has positions.
+    vocabulary, or if the tokens exceed n_ctx or the cache's n_max.
     """
     inputs = _checked_ids(inputs, len(wte))
     n_past = cache.n_past if cache else 0
@@ -182,7 +182,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, n_out=None):
     x = wte[inputs] + wpe[n_past:n_kv]  # token and position embeddings, [..., n_seq, n_embd]
     for layer, block in enumerate(blocks):
         kv = cache.kv[layer][..., :n_kv, :] if cache else None
-        is_last = layer == len(blocks) - 1  # the others pass every position on to the next layer
+        is_last = layer == len(blocks) - 1  # n_out applies to the last layer; the others need all positions
         x = transformer_block(x, **block, n_head=n_head, kv=kv, n_out=n_out if is_last else None)
     if cache:
         cache.n_past = n_kv
@@ -190,23 +190,23 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, n_out=None):
 
 
 def _checked_ids(ids, n_vocab, max_ndim=32):
-    """Return ids as an integer array. Raise what gpt2 documents."""
+    """Return ids as an integer array. Raises the errors listed in gpt2."""
     ids = np.asarray(ids)
     if ids.size == 0:
-        raise ValueError("there are no token ids: at least one is needed")
+        raise ValueError("expected at least one token id, got none")
     if ids.dtype.kind not in "iu" or not 1 <= ids.ndim <= max_ndim:
         raise TypeError(f"expected a sequence of integers as token ids, got {ids.dtype.type.__name__} {ids.shape}")
-    for wrong in ids[(ids < 0) | (ids >= n_vocab)]:
-        raise ValueError(f"{wrong} is not a token id: the vocabulary has {n_vocab} tokens")
+    if len(wrong := ids[(ids < 0) | (ids >= n_vocab)]):
+        raise ValueError(f"{wrong[0]} is not a token id: the vocabulary has {n_vocab} tokens")
     return ids
 
 
 def token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     """The probabilities from which `sample` draws the next token: logits [n_vocab] -> float32 [n_vocab].
 
-    They are softmax(logits / temperature). top_k keeps only so many of the likeliest tokens (0: all), top_p only the
-    fewest likeliest tokens that together have this probability (nucleus sampling, Holtzman et al., 2020). Tokens that
-    tie with the last one are kept. All others have probability 0. Raises ValueError for values out of range.
+    They are softmax(logits / temperature). top_k keeps only the k most likely tokens (0: all), top_p only the smallest
+    set of most likely tokens with at least this total probability (nucleus sampling, Holtzman et al., 2020). Ties with
+    the last kept token are kept. All others have probability 0. Raises ValueError for values out of range.
     """
     _check(temperature=temperature, top_k=top_k, top_p=top_p)
     logits = np.asarray(logits, np.float32)
@@ -217,14 +217,14 @@ def token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
         probs = softmax(scaled)
     if top_p < 1:
         descending = np.sort(probs)[::-1]
-        cumulative = np.cumsum(descending.astype(np.float64))  # float64, for thousands of small terms
+        cumulative = np.cumsum(descending.astype(np.float64))  # float64 keeps the sum of small terms exact
         probs[probs < descending[np.searchsorted(cumulative[:-1], top_p)]] = 0
         probs /= probs.sum()
     return probs
 
 
 def sample(logits, rng, temperature=1.0, top_k=0, top_p=1.0):
-    """Draw the next token from logits [n_vocab] with a NumPy Generator -> its id. At temperature 0, the likeliest."""
+    """Draw the next token from logits [n_vocab] with a NumPy Generator -> its id. At temperature 0, the most likely."""
     if temperature == 0:
         return int(np.argmax(logits))
     cumulative = np.cumsum(token_probs(logits, temperature, top_k, top_p).astype(np.float64))
@@ -232,9 +232,9 @@ def sample(logits, rng, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate, **options):
-    """Continue the token ids `inputs` -> list of the n_tokens_to_generate new ids. `inputs` is not modified.
+    """Continue the token ids `inputs` -> list of the new ids. `inputs` is not modified.
 
-    temperature, top_k, top_p: see token_probs. Temperature 0, the default, always takes the likeliest token.
+    temperature, top_k, top_p: see token_probs. Temperature 0, the default, always takes the most likely token.
     seed: the random seed. The same seed gives the same ids.
     n_samples: how many continuations to draw -> list of lists.
     stop_id: a token id that ends a continuation and is not part of it.
@@ -255,12 +255,12 @@ def stream(inputs, params, n_head, n_tokens_to_generate, *,
            temperature=0.0, top_k=0, top_p=1.0, seed=None, n_samples=None, stop_id=None):  # fmt: skip
     """Generate as `generate` does, one token at a time -> iterator over ids.
 
-    With n_samples, each item is a list with the next id of each sample, None for a sample that has ended.
+    With n_samples, each item is a list of one id per sample, or None for a sample that has ended.
     """
     sampling = _check(temperature=temperature, top_k=top_k, top_p=top_p)
     _check(n_tokens_to_generate=n_tokens_to_generate, seed=seed, n_samples=n_samples)
     prompt, n_ctx = _checked_ids(list(inputs), len(params["wte"]), max_ndim=1), len(params["wpe"])
-    rngs = [np.random.default_rng(each) for each in np.random.SeedSequence(seed).spawn(n_samples or 1)]
+    rngs = np.random.default_rng(seed).spawn(n_samples or 1)
 
     def steps():
         window = prompt[None, -n_ctx:]  # the tokens that the model sees, [n_samples, n_window]
@@ -282,7 +282,7 @@ def stream(inputs, params, n_head, n_tokens_to_generate, *,
                 return
             row = [new_id if runs else None for new_id, runs in zip(new_ids.tolist(), running, strict=True)]
             yield row if n_samples else row[0]
-            # 4. Append it. If the window outgrows the context, keep its second half and compute the cache anew.
+            # 4. Append the tokens. If the window outgrows the context, keep its second half and recompute the cache.
             window = np.concatenate([window, new_ids[:, None]], axis=1)
             if window.shape[1] > n_ctx:
                 window, cache.n_past = window[:, -max(1, n_ctx // 2) :], 0
@@ -294,31 +294,31 @@ def stream(inputs, params, n_head, n_tokens_to_generate, *,
 def log_probs(ids, params, n_head):
     """Natural log-probability of each token id but the first, given those before it -> float32 [len(ids) - 1].
 
-    exp(-mean) of them is the perplexity. A text of more than n_ctx + 1 ids is scored in windows of n_ctx ids that move
-    by n_ctx // 2: each id once, with the context that its window gives. This is the method of transformers' guide
+    The perplexity is exp(-mean). A text of more than n_ctx + 1 ids is scored in windows of n_ctx ids that move by
+    n_ctx // 2. Each id is scored once, with the context in its window. This is the method of transformers' guide
     "Perplexity of fixed-length models", with a stride of n_ctx // 2. Raises what `gpt2` raises.
     """
     ids, n_ctx = _checked_ids(list(ids), len(params["wte"]), max_ndim=1), len(params["wpe"])
-    n_window, stride = n_ctx + 1 if len(ids) <= n_ctx + 1 else max(n_ctx, 2), max(n_ctx // 2, 1)
-    parts, n_scored = [np.empty(0, np.float32)], 1  # the first id has no context
-    for start in range(0, max(len(ids) - n_window, 0) + stride, stride) if len(ids) > 1 else ():
+    n_window = n_ctx + 1 if len(ids) <= n_ctx + 1 else max(n_ctx, 2)
+    parts, start, n_scored = [np.empty(0, np.float32)], 0, 1  # the first id has no context
+    while n_scored < len(ids):
         window, targets = ids[start : start + n_window], ids[n_scored : start + n_window]
         logits = gpt2(window[:-1], **params, n_head=n_head, n_out=len(targets))
         logits -= logits.max(axis=-1, keepdims=True)
         chosen = logits[np.arange(len(targets)), targets]
         parts.append(chosen - np.log(np.exp(logits, out=logits).sum(axis=-1)))  # log(softmax(logits))
-        n_scored += len(targets)
+        n_scored, start = n_scored + len(targets), start + max(n_ctx // 2, 1)
     return np.concatenate(parts)
 
 
-_OPTIONS = {  # name: (type, what it must be, whether it is that)
+_OPTIONS = {  # name: (type, requirement, test)
     "n_tokens_to_generate": (int, "a whole number, 0 or more", lambda n: n >= 0),
     "temperature": (float, "a number, 0 or more", lambda temperature: temperature >= 0),
     "top_k": (int, "a whole number, 0 or more", lambda k: k >= 0),
     "top_p": (float, "above 0 and at most 1", lambda p: 0 < p <= 1),
     "seed": (int, "a whole number, 0 or more", lambda seed: seed is None or seed >= 0),
     "n_samples": (int, "a whole number from 1 to 100000", lambda n: n is None or 1 <= n <= 100_000),
-    "stop": (str, "a text of at least one character", lambda text: text is None or text),
+    "stop": (str, "a non-empty text", lambda text: text is None or text),
 }
 
 
@@ -335,52 +335,52 @@ def _check(prefix="", /, **options):
 
 
 def continuation(prompt, model, n_tokens_to_generate=40, *, n_samples=1, stop=None, **options):
-    """Continue a text -> iterator over pieces of the new text, as they come. Several samples follow one another.
+    """Continue a text -> iterator over pieces of new text, as they come. Several samples follow one another.
 
     model: (encoder, hparams, params). The other arguments are those of `main`.
     """
     _check(n_samples=n_samples, stop=stop)
     encoder, hparams, params = model
-    end, n_samples = encoder.encoder.get("<|endoftext|>"), n_samples or 1
-    ids = encoder.encode(prompt) or [end]
-    if ids[0] is None:
+    end_id, n_samples = encoder.encoder.get("<|endoftext|>"), n_samples or 1
+    if not prompt and end_id is None:
         raise ValueError("the prompt is empty, and the vocabulary has no <|endoftext|> to start from")
+    ids = encoder.encode(prompt) or [end_id]
     from encoder import TextDecoder
 
-    texts, samples = [TextDecoder(encoder, stop) for _ in range(n_samples)], [""] * n_samples
-    options |= {"n_samples": n_samples, "stop_id": end}
+    decoders, samples = [TextDecoder(encoder, stop) for _ in range(n_samples)], [""] * n_samples
+    options |= {"n_samples": n_samples, "stop_id": end_id}
     for row in stream(ids, params, hparams["n_head"], n_tokens_to_generate, **options):
         for i, token_id in enumerate(row):
-            samples[i] += "" if token_id is None else texts[i].decode([token_id])
+            samples[i] += "" if token_id is None else decoders[i].decode([token_id])
         if n_samples == 1:
             yield samples[0]
             samples[0] = ""
-        if all(text.stopped or token_id is None for text, token_id in zip(texts, row, strict=True)):
+        if all(decoder.stopped or token_id is None for decoder, token_id in zip(decoders, row, strict=True)):
             break
-    for i, text in enumerate(texts):
+    for i, decoder in enumerate(decoders):
         heading = f"{'=' * 40} SAMPLE {i + 1} {'=' * 40}\n" * (n_samples > 1)
-        yield heading + samples[i] + text.decode([], final=True) + "\n" * (i + 1 < n_samples)
+        yield heading + samples[i] + decoder.decode([], final=True) + "\n" * (i + 1 < n_samples)
 
 
 def main(prompt: str, n_tokens_to_generate: int = 40, model_size: str = "124M", models_dir: str = "models", *,
          temperature=0.0, top_k=0, top_p=1.0, seed=None, n_samples=1, stop=None) -> str:  # fmt: skip
     """python gpt2.py PROMPT [N_TOKENS_TO_GENERATE [MODEL_SIZE [MODELS_DIR]]] [OPTIONS]    continue a text with GPT-2
 
-    PROMPT                       the text, in quotes. - reads it from standard input (without the final newline), ""
-                                 starts from nothing, --prompt="-x" is for a text that starts with a dash
-    --n_tokens_to_generate 40    how many tokens to add at most
+    PROMPT                       the text, in quotes. - reads standard input (without the final newline), "" is an empty
+                                 prompt; use --prompt="-x" for a text that starts with a dash
+    --n_tokens_to_generate 40    the maximum number of new tokens
     --model_size 124M            124M, 355M, 774M or 1558M (downloaded on first use), or a folder in models_dir
     --models_dir models          the folder that holds the models
-    --temperature 0.0            0 always takes the likeliest token, 1 draws from the probabilities of the model
-    --top_k 0                    draw from so many of the likeliest tokens only; 0: from all
-    --top_p 1.0                  draw from the fewest likeliest tokens that together have this probability
+    --temperature 0.0            0 always takes the most likely token; 1 draws from the model's probabilities
+    --top_k 0                    draw from only the k most likely tokens; 0 means all
+    --top_p 1.0                  draw from the smallest set of most likely tokens with this total probability
     --seed                       random seed: the same seed gives the same text
-    --n_samples 1                how many continuations
-    --stop                       end the continuation before this text
+    --n_samples 1                the number of continuations (the options above and this one need a temperature above 0)
+    --stop                       stop before this text appears
     --interactive                ask for prompts, one per line
-    --help                       show this page
+    --help                       show this help
 
-    From Python, main returns the new text. It raises what `generate` and utils.py raise.
+    From Python, main returns what the command prints. It raises what `generate` and utils.py raise.
     """
     options = _check(n_tokens_to_generate=n_tokens_to_generate, n_samples=n_samples, seed=seed, stop=stop)
     options |= _check(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -398,20 +398,18 @@ def parse_arguments(arguments):
     import fire
 
     flag, options = "--|-[a-zA-Z]", {}
-    for word, following in zip(
-        arguments, [*arguments[1:], "--"], strict=True
-    ):  # fire would take --seed without a value for True
+    for word, following in zip(arguments, [*arguments[1:], "--"], strict=False):  # fire would read --seed alone as True
         if re.match(flag, word) and "=" not in word and re.match(flag, following):
-            raise ValueError(f"{word} has no value or is not an option")
+            raise ValueError(f"{word} needs a value, or is not an option")
 
-    @fire.decorators.SetParseFn(str)  # fire would read the prompt 1984 as a number
+    @fire.decorators.SetParseFn(str)  # else fire would convert the prompt 1984 to a number
     @functools.wraps(main)
     def bind(*args, **kwargs):
         options.update(inspect.signature(main).bind(*args, **kwargs).arguments)
 
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # fire reports an error on many lines
-            fire.Fire(bind, [*arguments, "--", "--separator=\0"])  # not -, which is a prompt
+            fire.Fire(bind, [*arguments, "--", "--separator=\0"])  # the default, -, is a prompt here
     except fire.core.FireExit as error:
         message = error.trace.elements[-1].ErrorAsStr()
         raise ValueError(message.replace("Could not consume arg:", "unknown argument")) from None
@@ -419,7 +417,7 @@ def parse_arguments(arguments):
 
 
 def show(pieces):
-    """Print pieces of text as they come, then a newline -> exit status 0, also if nobody reads them any more."""
+    """Print pieces of text as they come, then a newline -> exit status 0, even if the reader has closed the pipe."""
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
@@ -430,18 +428,19 @@ def show(pieces):
 
 
 def complain(message, status=0):
+    """Print one line on standard error -> status."""
     with contextlib.suppress(OSError):
-        print("gpt2.py:", " ".join(str(message).split("\n")), file=sys.stderr, flush=True)
+        print("gpt2.py:", str(message).replace("\n", " "), file=sys.stderr, flush=True)
     return status
 
 
 def answer_prompts(model, options):
-    """Continue one line after the other -> exit status: 1 if a prompt from a pipe failed."""
+    """Continue each input line -> exit status: 1 if a prompt from a pipe failed, else 0."""
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  gives input() line editing and a history
     status, at_terminal = 0, sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
-        print("Each line is a prompt of its own. Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
+        print("Each line is a prompt of its own. Ctrl-C stops an answer, Ctrl-D exits.", file=sys.stderr)
     while True:
         try:
             if prompt := input("> " * at_terminal).removesuffix("\r"):
@@ -460,20 +459,20 @@ def command_line(arguments):
     """Run the command line -> exit status: 0, 1 after an error, 2 for unusable arguments, 130 after Ctrl-C."""
     from utils import load_encoder_hparams_and_params, robust_streams
 
-    status = 2  # until all arguments are understood
+    status = 2  # if parsing fails
     with robust_streams():
         try:
             if {"-h", "--help"} & set(arguments):
                 return show([inspect.getdoc(main)])
             arguments = [os.fsencode(word).decode("utf-8") for word in arguments]
             if interactive := "--interactive" in arguments:  # the prompts come later
-                arguments = ["", *(word for word in arguments if word != "--interactive")]
+                arguments = ["--prompt=", *(word for word in arguments if word != "--interactive")]
             options, status = parse_arguments(arguments), 1
             if options["prompt"] == "-":
                 options["prompt"] = re.sub("\r?\n\\Z", "", sys.stdin.buffer.read().decode("utf-8"))
             unused = [f"--{name}" for name in ("top_k", "top_p", "seed", "n_samples") if name in options]
             if unused and not options.get("temperature"):
-                complain(f"warning: {', '.join(unused)} without effect at temperature 0")
+                complain(f"warning: {', '.join(unused)} no effect at temperature 0")
             model = load_encoder_hparams_and_params(options.pop("model_size"), options.pop("models_dir"))
             return answer_prompts(model, options) if interactive else show(continuation(model=model, **options))
         except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """Files: download a published GPT-2, verify it, load it -> (encoder, hparams, params).
 
 A model is a folder in one of two layouts: OpenAI's (a TensorFlow checkpoint) or Hugging Face's (safetensors). In both,
-the weights lie in the file as NumPy needs them. So they are memory-mapped, not copied.
+the weights lie in the file as NumPy needs them. So float32 weights are memory-mapped, not copied.
 """
 
 import base64
@@ -23,7 +23,7 @@ import numpy as np
 from encoder import Encoder, get_encoder
 
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
-FILES = {  # of a published model, with their SHA-256 in 124M; none are published for the other sizes
+FILES = {  # of a published model, with their SHA-256 for 124M; the other sizes have none published
     "checkpoint": "dd1b025d2e155283f5e300ce95bf6d5b6bc0f7fe010db73daa6975eb896ab9cb",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "hparams.json": "d9d56e4121c427164e0c55c6f03c08e1daf9002b9b672825112d19097b680318",
@@ -37,38 +37,41 @@ HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 _sizes = operator.itemgetter(*HPARAMS)
 MODEL_SIZES = {"124M": (50257, 1024, 768, 12, 12), "355M": (50257, 1024, 1024, 16, 24),
                "774M": (50257, 1024, 1280, 20, 36), "1558M": (50257, 1024, 1600, 25, 48)}  # fmt: skip
-_DATA, _RECORD = ".data-00000-of-00001", ".verified.json"  # after a checkpoint's name: its weights, our record
+_DATA, _RECORD = (
+    ".data-00000-of-00001",
+    ".verified.json",
+)  # suffixes of a checkpoint's data file and of its verification record
 KNOWN_DATA = {  # hparams -> SHA-256 of the data file: 124M and models/tiny
     MODEL_SIZES["124M"]: FILES["model.ckpt" + _DATA],
     (1024, 256, 128, 4, 4): "02ce5e2c9d75fd413b78a0123dfc08a2033169d137308353d6cebc8f0762d895",
 }
 
-CHUNK_BYTES = 1 << 13  # read from the network at once; an interruption loses less than this
+CHUNK_BYTES = 1 << 13  # read at a time; an interruption loses at most this
 TIMEOUT = (4, 10)  # seconds to connect, and between two pieces of an answer
-PATIENCE = 8  # seconds after which a server that has never answered is given up
-RETRIES = 4  # in a row without progress
+PATIENCE = 8  # seconds: give up on a server that has not answered at all by then
+RETRIES = 4  # consecutive retries without progress
 BACKOFF = 0.5  # seconds before the first retry, doubled for each further one
-MAX_WAIT = 30  # seconds: longer ones that a server asks for (Retry-After) are cut to this
-TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that are worth a retry
+MAX_WAIT = 30  # seconds: upper limit for Retry-After
+TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses after which a retry may help
 
-_REPLACE = "replace it with an intact copy (files of a published model can be deleted: they are downloaded again)"
+_REPLACE = "replace it with an intact copy (delete a published model's file to download it again)"
 
 
 # Downloading
 
 
 def download_gpt2_files(model_size: str, model_dir: str) -> None:
-    """Download the missing ones of a published model's seven files into model_dir, which is created if necessary.
+    """Download the files of a published model that are missing in model_dir. Creates model_dir if necessary.
 
-    A file gets its final name only after verification: of its length, of Content-MD5 if the server sends it, and of
-    SHA-256 if one is published. An interrupted download leaves `*.part` files, and the next call resumes them. If
-    several processes download at once, one does the work and the others wait for it (not on Windows).
+    A file gets its final name only after its length, its MD5 (if the server sends one) and its SHA-256 (if published)
+    are verified. An interrupted download leaves `*.part` files, and the next call resumes them. If several processes
+    download at once, one does the work and the others wait for it (not on Windows).
 
     Environment variables: GPT2_BASE_URL is the address of a mirror, with files at $GPT2_BASE_URL/{model_size}/{file}.
     GPT2_ALLOW_UNVERIFIED=1 skips SHA-256, for a server that has other weights under a published name.
 
-    Raises ValueError for an unknown model_size, ConnectionError if the server does not send a file or sends a wrong
-    one, and another OSError if a file cannot be written.
+    Raises ValueError for an unknown model_size, ConnectionError if a file cannot be downloaded or is wrong, and another
+    OSError if a file cannot be written.
     """
     if model_size not in MODEL_SIZES:
         raise ValueError(f"there is no published model {model_size!r}, only {', '.join(MODEL_SIZES)}")
@@ -81,7 +84,7 @@ def download_gpt2_files(model_size: str, model_dir: str) -> None:
         raise ValueError(f"GPT2_BASE_URL must begin with https:// or http://, got {base_url!r}")
     if _unverified():
         print(f"warning: GPT2_ALLOW_UNVERIFIED is set: SHA-256 is not checked in {model_dir}", file=sys.stderr)
-    with _alone_in(model_dir), requests.Session() as session:
+    with _locked(model_dir), requests.Session() as session:
         if base_url.lower().startswith("https://"):
             del session.adapters["http://"]  # no redirect may lead from https to http
         for name in FILES:
@@ -97,13 +100,13 @@ def _unverified() -> bool:
 
 
 @contextlib.contextmanager
-def _alone_in(folder: str):
-    """Create the folder and make other processes wait for it (not on Windows). Remove it in the end if it is empty."""
+def _locked(folder: str):
+    """Create the folder and lock it against other processes (not on Windows). Remove it at the end if it is empty."""
     created = [path for path in (folder, os.path.dirname(folder)) if path and not os.path.isdir(path)]
     os.makedirs(folder, exist_ok=True)
     descriptor = None
     try:
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, some file systems have no locks
             import fcntl
 
             descriptor = os.open(folder, os.O_RDONLY)  # the lock is on the folder itself and leaves no file
@@ -112,8 +115,6 @@ def _alone_in(folder: str):
             except BlockingIOError:
                 print(f"waiting for another download into {folder}", file=sys.stderr)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            except OSError:  # a file system without locks
-                pass
         yield
     finally:
         if descriptor is not None:
@@ -124,7 +125,7 @@ def _alone_in(folder: str):
 
 
 def _fetch(session, url: str, path: str, sha256: str | None) -> None:
-    """Download url to path, in as many requests as it takes, as long as they make progress. Then verify it."""
+    """Download url to path and verify it. Retries as long as requests make progress."""
     import requests
 
     part = path + ".part"
@@ -150,19 +151,21 @@ def _fetch(session, url: str, path: str, sha256: str | None) -> None:
     for algorithm, expected in ("md5", md5), ("sha256", sha256):
         if expected and (found := _digest(part, algorithm)) != expected:
             _discard(part)
-            raise ConnectionError(f"{url} is damaged or another file: its {algorithm} is {found}, not {expected}")
+            raise ConnectionError(
+                f"{url} is damaged or not the expected file: its {algorithm} is {found}, not {expected}"
+            )
     os.replace(part, path)
 
 
 def _request(session, url: str, part: str) -> str | None:
-    """Ask once for the missing rest of url and append it to part. Returns the MD5 that the server states, in hex.
+    """Request the missing rest of url once and append it to part. Returns the MD5 that the server states, in hex.
 
-    part.version holds the ETag or date of the version that part belongs to (for If-Range): two are never joined.
+    part.version holds the ETag or date of the file on the server (for If-Range), so two versions are never joined.
     Raises requests.RequestException if a retry may help, ConnectionError if not.
     """
     import requests
 
-    # Ask for the last byte again. Then there is something to ask for, and an answer to check, if part is complete.
+    # Request the last byte again: a complete part then still has a range to request and an answer to check.
     offset, version, headers = max(_size(part) - 1, 0), None, {"Accept-Encoding": "identity"}
     if offset and os.path.isfile(part + ".version"):
         with open(part + ".version", encoding="latin-1") as file:
@@ -188,9 +191,9 @@ def _request(session, url: str, part: str) -> str | None:
                     bar.update(len(chunk))
                 os.fsync(file.fileno())
             if _size(part) != length:
-                raise requests.ConnectionError(f"only {_size(part)} of {length} bytes came", response=response)
+                raise requests.ConnectionError(f"received {_size(part)} of {length} bytes", response=response)
             md5 = response.headers.get("x-ms-blob-content-md5")
-            if response.status_code == 200:  # that of a 206 covers only the rest (RFC 2616, 14.15)
+            if response.status_code == 200:  # Content-MD5 of a 206 covers only the range (RFC 2616, 14.15)
                 md5 = md5 or response.headers.get("Content-MD5")
             return base64.b64decode(md5).hex() if md5 else None
     except (requests.TooManyRedirects, ValueError) as error:  # ValueError: an unusable address or header
@@ -198,7 +201,7 @@ def _request(session, url: str, part: str) -> str | None:
 
 
 def _expected_length(response, url: str, part: str, offset: int, version: str | None) -> int:
-    """Return the length of the whole file. Raises as _request does if the answer is not (the rest of) the file."""
+    """Return the length of the whole file. Raises as _request does for any other answer."""
     import requests
 
     status, headers = response.status_code, response.headers
@@ -207,15 +210,15 @@ def _expected_length(response, url: str, part: str, offset: int, version: str | 
         if status == 206 and content_range and _version(response) in (None, version):
             return int(content_range[1])
         _discard(part)
-        raise requests.HTTPError("the server does not resume where the last answer ended", response=response)
+        raise requests.HTTPError("the server did not resume at the requested offset", response=response)
     if status in TRANSIENT:
         raise requests.HTTPError(f"HTTP status {status}", response=response)
     if status != 200:
         problem = f"HTTP status {status} ({response.reason})"
     elif headers.get("Content-Type", "").lower().startswith("text/html"):
-        problem = "the answer is a web page; does this network require a login?"
+        problem = "the answer is a web page (does this network require a login?)"
     elif headers.get("Content-Encoding", "identity").lower() != "identity":
-        problem = "the answer is compressed, although it should not be"
+        problem = "the answer is compressed, which was not requested"
     elif not headers.get("Content-Length", "").isdecimal() or "Transfer-Encoding" in headers:
         problem = "the server does not state the length"
     else:
@@ -229,7 +232,7 @@ def _version(response) -> str | None:
 
 
 def _reason(error) -> str:
-    """What went wrong, without the names of urllib3's objects around it."""
+    """Return the message of an error without urllib3's object names."""
     inner = error.args[0] if error.args else error
     inner = getattr(inner, "reason", inner)
     inner, proxy = getattr(inner, "original_error", inner), "the proxy: " * hasattr(inner, "original_error")
@@ -260,8 +263,8 @@ def _discard(part: str) -> None:
 def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[Encoder, dict, dict]:
     """Load the model in the folder models_dir/model_size -> (encoder, hparams, params).
 
-    A published model is downloaded first. Any other folder holds a TensorFlow checkpoint in OpenAI's layout (a
-    fine-tuned one is called model-1000 or the like) or a Hugging Face model. hparams is a dict of n_vocab, n_ctx,
+    A published model is downloaded first. Any other folder holds a TensorFlow checkpoint in OpenAI's layout (fine-tuned
+    ones are often named model-1000) or a Hugging Face model. hparams is a dict of n_vocab, n_ctx,
     n_embd, n_head and n_layer. For params see load_gpt2_params_from_tf_ckpt.
 
     Raises ValueError for an unknown model and for files that are damaged or do not fit together, FileNotFoundError for
@@ -276,18 +279,18 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[E
     if tf_ckpt_path is None and os.path.isfile(config_path):
         hparams, params = _load_hugging_face(config_path)
         encoder = get_encoder(model_size, models_dir)
-        params["wte"] = params["wte"][: len(encoder.decoder)]  # without rows that have no token
+        params["wte"] = params["wte"][: len(encoder.decoder)]  # drop padding rows without a token
         hparams["n_vocab"] = len(params["wte"])
     else:
         if is_published:
             download_gpt2_files(model_size, model_dir)
         if (tf_ckpt_path := _checkpoint_path(model_dir)) is None:
-            there = glob.glob("*/checkpoint", root_dir=models_dir) + glob.glob("*/config.json", root_dir=models_dir)
-            there = ", ".join(sorted({os.path.dirname(path) for path in there})) or "none"
-            there += f"; published: {', '.join(MODEL_SIZES)}"
             if os.path.isdir(model_dir):
                 raise FileNotFoundError(f"{os.path.abspath(model_dir)} holds neither a checkpoint nor a config.json")
-            raise ValueError(f"there is no model {os.path.abspath(model_dir)}; models there: {there}")
+            files = glob.glob("*/checkpoint", root_dir=models_dir) + glob.glob("*/config.json", root_dir=models_dir)
+            names = ", ".join(sorted({os.path.dirname(path) for path in files})) or "none"
+            names += f"; published: {', '.join(MODEL_SIZES)}"
+            raise ValueError(f"there is no model {os.path.abspath(model_dir)}; models there: {names}")
         encoder, path = get_encoder(model_size, models_dir), os.path.join(model_dir, "hparams.json")
         hparams = _checked_hparams(_read_json(path), path)
         if is_published and not _unverified() and _sizes(hparams) != MODEL_SIZES[model_size]:
@@ -298,9 +301,9 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[E
 
 
 def _checkpoint_path(model_dir: str) -> str | None:
-    """Return the path, without its endings, of the checkpoint in model_dir. None if there is no `checkpoint` file.
+    """Return the path of the checkpoint in model_dir, without suffix. None if there is no `checkpoint` file.
 
-    That file is a CheckpointState of TensorFlow in protobuf's text format. It may name a folder of whoever saved it.
+    It is TensorFlow's CheckpointState in protobuf's text format. It may hold a path on the machine that saved it.
     """
     path, string = os.path.join(model_dir, "checkpoint"), rb"""("(?:[^"\\]|\\.)+"|'(?:[^'\\]|\\.)+')"""
     if not os.path.isfile(path):
@@ -342,8 +345,8 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path: str, hparams: dict) -> dict:
     "ln_f": {"g", "b"}}, each w [n_in, n_out]. The arrays are read-only, and mapped from the file if possible.
 
     The first load verifies the data file by its SHA-256 if that is known, else through TensorFlow. A record beside it
-    (`.verified.json`, which can be deleted) tells later loads that nothing has changed since. Variables that are not
-    GPT-2's (an optimizer's) are ignored.
+    (`.verified.json`, which can be deleted) lets later loads skip this until a file changes. A checkpoint with other
+    variables (an optimizer's, which are ignored) or several data files has no record: each load needs TensorFlow.
 
     Raises ValueError for a variable that is missing, has another shape than hparams say, or fails TensorFlow's
     checksum, and FileNotFoundError for a missing file.
@@ -368,16 +371,16 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path: str, hparams: dict) -> dict:
 
 
 def _map_checkpoint(tf_ckpt_path: str, hparams: dict) -> tuple[dict, dict]:
-    """Map the data file -> ({name: array}, its record). There are no arrays if its size does not fit.
+    """Map the data file -> ({name: array}, its record). There are no arrays if the file size does not match hparams.
 
-    TensorFlow writes the variables one after another, sorted by name, so hparams determine the place of each.
+    TensorFlow writes the variables one after another, sorted by name, so hparams determine the offset of each.
     """
     n_vocab, n_ctx, n_embd, _, n_layer = _sizes(hparams)
     with open(tf_ckpt_path + _DATA, "rb") as file:
         files = {"index": os.stat(tf_ckpt_path + ".index"), "data": os.fstat(file.fileno())}
         record = {name: [status.st_size, status.st_mtime_ns, status.st_ctime_ns] for name, status in files.items()}
         record["hparams"] = list(_sizes(hparams))
-        if record["data"][0] != 4 * n_embd * (n_vocab + n_ctx + 2 + n_layer * (12 * n_embd + 13)):
+        if files["data"].st_size != 4 * n_embd * (n_vocab + n_ctx + 2 + n_layer * (12 * n_embd + 13)):
             return {}, record
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     arrays, offset = {}, 0
@@ -406,7 +409,7 @@ def _checked_names(found: dict, hparams: dict, where: str, n_inner: int | None =
     for name, shape in _variable_shapes(hparams, n_inner):
         if name not in found or tuple(found[name]) not in (shape, shape[-2:]):
             problem = f"has shape {list(found[name])}" if name in found else "is missing"
-            raise ValueError(f"{where}: {name} {problem}, but by the model's sizes its shape is {list(shape)}")
+            raise ValueError(f"{where}: {name} {problem}, expected shape {list(shape)} from the model's sizes")
         names.append(name)
     if any(name.startswith(f"model/h{hparams['n_layer']}/") for name in found):
         raise ValueError(f"{where} has more layers than n_layer, which is {hparams['n_layer']}")
@@ -432,9 +435,9 @@ def _nested(variables: dict, hparams: dict) -> dict:
 def _read_with_tensorflow(tf_ckpt_path: str, hparams: dict, mapped: dict) -> dict[str, np.ndarray]:
     """Read GPT-2's variables through TensorFlow, which verifies their checksums -> {name: array}.
 
-    Where mapped has an equal array, that one is returned.
+    Returns the mapped array where it is equal.
     """
-    for name, value in ("TF_CPP_MIN_LOG_LEVEL", "3"), ("TF_ENABLE_ONEDNN_OPTS", "0"):  # or it prints many lines
+    for name, value in ("TF_CPP_MIN_LOG_LEVEL", "3"), ("TF_ENABLE_ONEDNN_OPTS", "0"):  # else it prints many lines
         os.environ.setdefault(name, value)
     try:
         import tensorflow as tf
@@ -461,7 +464,7 @@ def _read_with_tensorflow(tf_ckpt_path: str, hparams: dict, mapped: dict) -> dic
 
 @contextlib.contextmanager
 def _without_wildcards(path: str):
-    """Yield path, or that of links to its files if TensorFlow would find wildcards or escapes in path."""
+    """Yield path, or the path of symlinks to its files if TensorFlow would treat path as a pattern."""
     if not re.search(r"[*?\[\]\\]", path.replace(os.sep, "/")):
         yield path
         return
@@ -473,7 +476,7 @@ def _without_wildcards(path: str):
 
 # Hugging Face
 
-# The values of config.json with which the computation is the one here. The first is the default.
+# The supported values of config.json. The first is the default.
 _CONFIG = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
            "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
            "add_cross_attention": (False,), "tie_word_embeddings": (True,)}  # fmt: skip
@@ -495,12 +498,11 @@ def _load_hugging_face(config_path: str) -> tuple[dict, dict]:
     for path in sorted(glob.glob(os.path.join(glob.escape(model_dir), "*.safetensors"))):
         for name, tensor in _read_safetensors(path).items():
             if tensors.setdefault(_our_name(name), tensor) is not tensor:
-                raise ValueError(f"{path} holds the tensor {name} for the second time in this folder")
+                raise ValueError(f"{path} holds the tensor {name}, which occurs twice in this folder")
     if not tensors:  # a pickle is never opened: it can run code
         raise FileNotFoundError(f"{os.path.abspath(model_dir)} holds no *.safetensors; {_CONVERT}")
-    names = _checked_names(
-        {name: tensor[3] for name, tensor in tensors.items()}, hparams, model_dir, config.get("n_inner")
-    )
+    shapes = {name: tensor[3] for name, tensor in tensors.items()}
+    names = _checked_names(shapes, hparams, model_dir, config.get("n_inner"))
     variables = {name: _array(*tensors[name]) for name in names}
     head = tensors.get("lm_head/w")
     if head and not np.array_equal(_array(*head), variables["model/wte"]):
@@ -516,7 +518,7 @@ def _our_name(name: str) -> str:
 
 
 def _read_safetensors(path: str) -> dict[str, tuple]:
-    """Read the header of a file -> {name: (path, bytes of the file, dtype, shape, begin, end)}. Nothing is trusted."""
+    """Read the header of a file -> {name: (path, content, dtype, shape, begin, end)}. Every field is checked."""
     try:
         with open(path, "rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -539,7 +541,7 @@ def _read_safetensors(path: str) -> dict[str, tuple]:
 
 
 def _array(path: str, content: mmap.mmap, dtype: str, shape: tuple, begin: int, end: int) -> np.ndarray:
-    """Return a tensor as a float32 array, mapped if it is stored so and aligned."""
+    """Return a tensor as a float32 array, mapped if it is stored as aligned float32."""
     if dtype not in tuple(_DTYPES):
         raise ValueError(f"{path}: tensors of type {dtype!r} are not supported, only {', '.join(_DTYPES)}")
     if end - begin != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
@@ -555,9 +557,9 @@ def _array(path: str, content: mmap.mmap, dtype: str, shape: tuple, begin: int, 
 
 @contextlib.contextmanager
 def robust_streams():
-    """Let a command run with standard streams that are closed, cannot be written, or cannot show a character."""
+    """Make a command work with standard streams that are closed, not writable, or cannot encode a character."""
     for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
-        if getattr(sys, name) is None:  # closed: the next file to be opened would take its place
+        if getattr(sys, name) is None:  # closed: else the next opened file would get its descriptor
             setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, closefd=False))  # noqa: SIM115
         getattr(sys, name).reconfigure(errors="replace")
     try:

@@ -182,7 +182,7 @@ def test_options_without_effect_give_a_warning(models_dir, arguments):
         (["a", "--top_p", "0"], ["top_p must be above 0 and at most 1, got 0.0"]),
         (["a", "--top_k", "-3"], ["top_k must be a whole number, 0 or more, got -3"]),
         (["a", "--n_samples", "0"], ["n_samples must be a whole number from 1 to 100000, got 0"]),
-        (["a", "--stop", ""], ["stop must be a text of at least one character, got ''"]),
+        (["a", "--stop", ""], ["stop must be a non-empty text, got ''"]),
         (["a", "--", "--trace"], ["--"]),
         (["a", "--interactive"], ["'a'"]),
         (["--interactive", "a"], ["'a'"]),

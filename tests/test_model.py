@@ -199,7 +199,7 @@ def test_more_tokens_than_positions_raise(model):
 
 
 BAD_IDS = {
-    "none": ([], ValueError, "no token ids"),
+    "none": ([], ValueError, "at least one token id, got none"),
     "negative": ([3, -1], ValueError, "-1 is not a token id: .* 50 tokens"),
     "the first too large": ([49, 50], ValueError, "50 is not a token id: .* 50 tokens"),
     "huge": ([3, 10**6], ValueError, "1000000 is not a token id"),

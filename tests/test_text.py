@@ -63,7 +63,7 @@ BAD_OPTIONS = {
     "top_p": (2.0, "above 0 and at most 1"),
     "seed": (-1, "a whole number, 0 or more"),
     "n_samples": (0, "a whole number from 1 to 100000"),
-    "stop": ("", "a text of at least one character"),
+    "stop": ("", "a non-empty text"),
 }
 
 
