@@ -55,7 +55,7 @@ def gelu(x):
 
 def softmax(x):
     """exp(x) / sum(exp(x)) over the last axis. Subtracting the maximum prevents overflow and changes nothing else."""
-    exp_x = np.exp(x - np.max(x, axis=-1, keepdims=True))
+    exp_x = np.exp(x - x.max(axis=-1, keepdims=True))
     exp_x /= exp_x.sum(axis=-1, keepdims=True)
     return exp_x
 
@@ -71,7 +71,7 @@ def layer_norm(x, g, b, eps=1e-5):
 
 def matmul(x, w):
     """x @ w as one product for all leading axes: x [..., n_in], w [n_in, n_out] -> [..., n_out]."""
-    rows = np.asarray(x, np.result_type(x, np.float32)).reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
     y = (w.T @ rows.T).T if 1 < len(rows) < FEW_ROWS else rows @ w
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
@@ -79,8 +79,7 @@ def matmul(x, w):
 def linear(x, w, b):
     """x @ w + b: x [..., n_in], w [n_in, n_out], b [n_out] -> [..., n_out]."""
     y = matmul(x, w)
-    y += b
-    return y
+    return np.add(y, b, out=y if y.dtype == b.dtype else None)  # in place, except with integers
 
 
 def ffn(x, c_fc, c_proj):
