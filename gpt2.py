@@ -302,12 +302,12 @@ def log_probs(ids, params, n_head):
     parts, start, n_scored = [np.empty(0, np.float32)], 0, 1  # the first id has no context
     while n_scored < len(ids):
         window, targets = ids[start : start + n_window], ids[n_scored : start + n_window]
-        logits = gpt2(window[:-1], **params, n_head=n_head, n_out=len(targets))
+        logits = np.ascontiguousarray(gpt2(window[:-1], **params, n_head=n_head, n_out=len(targets)))
         logits -= logits.max(axis=-1, keepdims=True)
         chosen = logits[np.arange(len(targets)), targets]
         parts.append(chosen - np.log(np.exp(logits, out=logits).sum(axis=-1)))  # log(softmax(logits))
         n_scored, start = n_scored + len(targets), start + max(n_ctx // 2, 1)
-    return np.concatenate(parts)
+    return np.concatenate(parts, dtype=np.float32)
 
 
 _OPTIONS = {  # name: (type, requirement, test)
