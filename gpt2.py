@@ -124,7 +124,6 @@ def mha(x, c_attn, c_proj, n_head, kv=None, n_out=None):
 
     kv: this layer's part of a KVCache, [2, ..., n_head, n_kv, d_head]. mha fills its last n_seq positions.
     n_out: the number of last positions to compute (1 or more); all by default.
-
     Example: in 124M, 10 tokens are x [10, 768]. c_attn turns it into qkv [10, 2304]: for each token 3 * 12 heads * 64.
     So q, k, v and the result of attention are [12, 10, 64] each. Joining the heads gives [10, 768] again.
     """
@@ -189,7 +188,6 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, n_out=None):
 
 
 def _checked_ids(ids, n_vocab, max_ndim=32):
-    """Return ids as an integer array. Raises the errors listed in gpt2."""
     ids = np.asarray(ids)
     if ids.size == 0:
         raise ValueError("expected at least one token id, got none")
@@ -234,13 +232,11 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
     """Continue the token ids `inputs` -> list of the new ids. `inputs` is not modified.
 
     temperature, top_k, top_p: see token_probs. Temperature 0, the default, always takes the most likely token.
-    seed: the random seed. The same seed gives the same ids.
-    n_samples: how many continuations to draw -> list of lists.
+    seed: the same random seed gives the same ids. n_samples: how many continuations to draw -> list of lists.
     stop_id: a token id that ends a continuation and is not part of it.
 
-    The model sees the last n_ctx tokens of a longer prompt. When the text outgrows the context, the model continues
-    with the last n_ctx // 2 tokens. Shows a progress bar on a terminal. Raises ValueError for invalid options, and what
-    `gpt2` raises for inputs.
+    The model sees the last n_ctx tokens. When the text outgrows the context, it goes on with the last n_ctx // 2.
+    Shows a progress bar on a terminal. Raises ValueError for invalid options, and what `gpt2` raises for inputs.
     """
     from utils import progress_bar
 
@@ -252,10 +248,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
 
 def stream(inputs, params, n_head, n_tokens_to_generate, *,
            temperature=0.0, top_k=0, top_p=1.0, seed=None, n_samples=None, stop_id=None):  # fmt: skip
-    """Generate as `generate` does, one token at a time -> iterator over ids.
-
-    With n_samples, each item is a list of one id per sample, or None for a sample that has ended.
-    """
+    """Generate as `generate` does -> iterator over ids. With n_samples, over lists of ids, None for ended samples."""
     sampling = _check(temperature=temperature, top_k=top_k, top_p=top_p)
     _check(n_tokens_to_generate=n_tokens_to_generate, seed=seed, n_samples=n_samples)
     prompt, n_ctx = _checked_ids(list(inputs), len(params["wte"]), max_ndim=1), len(params["wpe"])
@@ -294,8 +287,8 @@ def log_probs(ids, params, n_head):
     """Natural log-probability of each token id but the first, given those before it -> float32 [len(ids) - 1].
 
     The perplexity is exp(-mean). A text of more than n_ctx + 1 ids is scored in windows of n_ctx ids that move by
-    n_ctx // 2. Each id is scored once, with the context in its window. This is the method of transformers' guide
-    "Perplexity of fixed-length models", with a stride of n_ctx // 2. Raises what `gpt2` raises.
+    n_ctx // 2: each id once, with the context in its window. This is the method of transformers' guide "Perplexity of
+    fixed-length models", with a stride of n_ctx // 2. Raises what `gpt2` raises.
     """
     ids, n_ctx = _checked_ids(list(ids), len(params["wte"]), max_ndim=1), len(params["wpe"])
     n_window = n_ctx + 1 if len(ids) <= n_ctx + 1 else max(n_ctx, 2)
@@ -410,8 +403,7 @@ def parse_arguments(arguments):
         with contextlib.redirect_stderr(io.StringIO()):  # fire reports an error on many lines
             fire.Fire(bind, [*arguments, "--", "--separator=\0"])  # the default, -, is a prompt here
     except fire.core.FireExit as error:
-        message = error.trace.elements[-1].ErrorAsStr()
-        raise ValueError(message.replace("Could not consume arg:", "unknown argument")) from None
+        raise ValueError(error.trace.elements[-1].ErrorAsStr().replace("Could not consume", "unknown")) from None
     return options | _check("--", **{name: options[name] for name in options.keys() & _OPTIONS.keys()})
 
 

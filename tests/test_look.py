@@ -1,6 +1,7 @@
 """examples/look.py: its numbers against transformers, its output in the terminal, and its page in a real browser."""
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -155,11 +156,9 @@ def run_on_terminal(*arguments, models_dir, **environment):
     with subprocess.Popen(command, cwd=ROOT, stdout=slave, env=environment):
         os.close(slave)
         output = b""
-        try:
+        with contextlib.suppress(OSError):  # on Linux this means that the other end is closed
             while part := os.read(master, 1 << 16):
                 output += part
-        except OSError:  # Linux says so when the terminal is closed
-            pass
     os.close(master)
     return output.decode().replace("\r\n", "\n")
 
