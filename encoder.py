@@ -92,10 +92,7 @@ class Encoder:
         return tokens
 
     def _bpe_long(self, chars: str) -> list[str]:
-        """bpe in O(n log n). The loop in bpe is quadratic, but faster for short words.
-
-        The heap holds the pairs to join. An entry is outdated if one of its tokens has been joined since.
-        """
+        """bpe in O(n log n), with a heap of pairs. The loop in bpe is quadratic, but faster for short words."""
         tokens, ranks, n = list(chars), self.bpe_ranks, len(chars)
         before, after = list(range(-1, n - 1)), list(range(1, n + 1))  # indices of the neighbours
         heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in ranks]
@@ -104,7 +101,7 @@ class Encoder:
             rank, left = heapq.heappop(heap)
             right = after[left]
             if right == n or ranks.get((tokens[left], tokens[right])) != rank:
-                continue
+                continue  # outdated: one of the two has been joined since
             tokens[left] += tokens[right]
             tokens[right] = ""
             after[left] = after[right]

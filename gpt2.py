@@ -457,13 +457,13 @@ def command_line(arguments):
                 return show([inspect.getdoc(main)])
             arguments = [os.fsencode(word).decode("utf-8") for word in arguments]
             if interactive := "--interactive" in arguments:  # the prompts come later
-                arguments = ["--prompt=", *(word for word in arguments if word != "--interactive")]
+                arguments = [*(word for word in arguments if word != "--interactive"), "--prompt="]
             options, status = parse_arguments(arguments), 1
             if options["prompt"] == "-":
                 options["prompt"] = re.sub("\r?\n\\Z", "", sys.stdin.buffer.read().decode("utf-8"))
             unused = [f"--{name}" for name in ("top_k", "top_p", "seed", "n_samples") if name in options]
             if unused and not options.get("temperature"):
-                complain(f"warning: {', '.join(unused)} no effect at temperature 0")
+                complain(f"warning: at temperature 0, these options have no effect: {', '.join(unused)}")
             model = load_encoder_hparams_and_params(options.pop("model_size"), options.pop("models_dir"))
             return answer_prompts(model, options) if interactive else show(continuation(model=model, **options))
         except KeyboardInterrupt:

@@ -433,10 +433,7 @@ def _nested(variables: dict, hparams: dict) -> dict:
 
 
 def _read_with_tensorflow(tf_ckpt_path: str, hparams: dict, mapped: dict) -> dict[str, np.ndarray]:
-    """Read GPT-2's variables through TensorFlow, which verifies their checksums -> {name: array}.
-
-    Returns the mapped array where it is equal.
-    """
+    """Read GPT-2's variables through TensorFlow, which verifies them -> {name: array}, mapped arrays where equal."""
     for name, value in ("TF_CPP_MIN_LOG_LEVEL", "3"), ("TF_ENABLE_ONEDNN_OPTS", "0"):  # else it prints many lines
         os.environ.setdefault(name, value)
     try:
