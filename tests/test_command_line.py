@@ -148,7 +148,7 @@ def test_options_without_effect_give_a_warning(models_dir, arguments):
     result = run("the", *arguments, models_dir=models_dir)
     assert result.returncode == 0
     assert expected(models_dir, "the") in result.stdout
-    assert re.fullmatch(rb"gpt2\.py: warning: [^\n]* at temperature 0\n", result.stderr)
+    assert re.fullmatch(rb"gpt2\.py: warning: at temperature 0, these options have no effect: [^\n]*\n", result.stderr)
     named = re.findall(r"--\w+", result.stderr.decode())
     given_names = [re.match(r"--[\w-]+", word)[0].replace("-k", "_k") for word in arguments if word.startswith("--")]
     assert sorted(named) == sorted(set(given_names) - {"--temperature"})
