@@ -72,7 +72,7 @@ def layer_norm(x, g, b, eps=1e-5):
 def matmul(x, w):
     """x @ w as one product for all leading axes: x [..., n_in], w [n_in, n_out] -> [..., n_out]."""
     rows = x.reshape(-1, x.shape[-1])
-    y = (w.T @ rows.T).T if 1 < len(rows) < FEW_ROWS else rows @ w
+    y = np.ascontiguousarray((w.T @ rows.T).T) if 1 < len(rows) < FEW_ROWS else rows @ w
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
@@ -295,12 +295,12 @@ def log_probs(ids, params, n_head):
     parts, start, n_scored = [np.empty(0, np.float32)], 0, 1  # the first id has no context
     while n_scored < len(ids):
         window, targets = ids[start : start + n_window], ids[n_scored : start + n_window]
-        logits = np.ascontiguousarray(gpt2(window[:-1], **params, n_head=n_head, n_out=len(targets)))
+        logits = gpt2(window[:-1], **params, n_head=n_head, n_out=len(targets))
         logits -= logits.max(axis=-1, keepdims=True)
         chosen = logits[np.arange(len(targets)), targets]
         parts.append(chosen - np.log(np.exp(logits, out=logits).sum(axis=-1)))  # log(softmax(logits))
         n_scored, start = n_scored + len(targets), start + max(n_ctx // 2, 1)
-    return np.concatenate(parts, dtype=np.float32)
+    return np.concatenate(parts)
 
 
 _OPTIONS = {  # name: (type, requirement, test)

@@ -264,8 +264,8 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[E
     """Load the model in the folder models_dir/model_size -> (encoder, hparams, params).
 
     A published model is downloaded first. Any other folder holds a TensorFlow checkpoint in OpenAI's layout (fine-tuned
-    ones are often named model-1000) or a Hugging Face model. hparams is a dict of n_vocab, n_ctx,
-    n_embd, n_head and n_layer. For params see load_gpt2_params_from_tf_ckpt.
+    ones are often named model-1000) or a Hugging Face model. hparams is a dict of n_vocab, n_ctx, n_embd, n_head and
+    n_layer. For params see load_gpt2_params_from_tf_ckpt.
 
     Raises ValueError for an unknown model and for files that are damaged or do not fit together, FileNotFoundError for
     a missing file, ImportError if TensorFlow is needed and missing, and what download_gpt2_files raises.
@@ -284,7 +284,8 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[E
     else:
         if is_published:
             download_gpt2_files(model_size, model_dir)
-        if (tf_ckpt_path := _checkpoint_path(model_dir)) is None:
+            tf_ckpt_path = _checkpoint_path(model_dir)
+        if tf_ckpt_path is None:
             if os.path.isdir(model_dir):
                 raise FileNotFoundError(f"{os.path.abspath(model_dir)} holds neither a checkpoint nor a config.json")
             files = glob.glob("*/checkpoint", root_dir=models_dir) + glob.glob("*/config.json", root_dir=models_dir)
