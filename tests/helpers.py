@@ -1,7 +1,9 @@
 """Shared by the tests: small vocabularies and models in OpenAI's layout, independent oracles, and comparisons."""
 
+import contextlib
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -240,3 +242,13 @@ def assert_equal_to_tensorflow(prefix, params):
     assert found.keys() == reader.get_variable_to_shape_map().keys()
     for name, array in found.items():
         np.testing.assert_array_equal(array, reader.get_tensor(name).reshape(array.shape))
+
+
+def read_terminal(descriptor):
+    """Read what is shown on a pseudo-terminal until its other end is closed, then close it."""
+    shown = b""
+    with contextlib.suppress(OSError):  # on Linux this means that the other end is closed
+        while piece := os.read(descriptor, 1 << 16):
+            shown += piece
+    os.close(descriptor)
+    return shown

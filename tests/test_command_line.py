@@ -15,7 +15,7 @@ import threading
 import time
 
 import pytest
-from helpers import ROOT, SMALL_HPARAMS, random_variables, save_variables, write_model
+from helpers import ROOT, SMALL_HPARAMS, random_variables, read_terminal, save_variables, write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -385,10 +385,7 @@ def at_terminal(arguments, talk):
         return shown[start:found]
 
     talk(lambda data: os.write(terminal, data), wait_for, process)
-    with contextlib.suppress(OSError):  # on Linux this means that the other end is closed
-        while data := os.read(terminal, 1000):
-            shown += data
-    os.close(terminal)
+    shown += read_terminal(terminal)
     return shown.decode(), process.wait(timeout=60)
 
 

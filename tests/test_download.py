@@ -3,7 +3,6 @@
 Whatever happens, each file is intact or absent, any error is one clear line, and the next call fetches what is missing.
 """
 
-import contextlib
 import errno
 import fcntl
 import gzip
@@ -28,7 +27,7 @@ from types import SimpleNamespace
 import pytest
 import requests
 import urllib3
-from helpers import ROOT
+from helpers import ROOT, read_terminal
 from server import ALWAYS, Fault, Server
 
 import utils
@@ -662,11 +661,7 @@ def test_progress_bars_end_at_100_percent(server, folder):
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # rows, columns
     with subprocess.Popen([*DOWNLOAD, str(folder)], cwd=ROOT, stderr=terminal) as process:
         os.close(terminal)
-        shown = b""
-        with contextlib.suppress(OSError):  # on Linux this means that the other end is closed
-            while piece := os.read(leader, 1 << 16):
-                shown += piece
-        os.close(leader)
+        shown = read_terminal(leader)
     assert process.returncode == 0
     states = re.split(r"[\r\n]+", shown.decode())
     for name, size in SIZES.items():

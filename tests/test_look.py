@@ -1,7 +1,6 @@
 """examples/look.py: its numbers against transformers, its output in the terminal, and its page in a real browser."""
 
 import base64
-import contextlib
 import json
 import os
 import re
@@ -13,7 +12,16 @@ import zlib
 import numpy as np
 import pytest
 from browser import CHROMEDRIVER, CHROMIUM, open_browser, open_page
-from helpers import DATA_DIR, REFERENCE_MODELS, ROOT, SMALL_HPARAMS, assert_close, random_params, write_model
+from helpers import (
+    DATA_DIR,
+    REFERENCE_MODELS,
+    ROOT,
+    SMALL_HPARAMS,
+    assert_close,
+    random_params,
+    read_terminal,
+    write_model,
+)
 
 from encoder import Encoder, get_encoder
 from examples import look
@@ -155,11 +163,7 @@ def run_on_terminal(*arguments, models_dir, **environment):
     master, slave = pty.openpty()
     with subprocess.Popen(command, cwd=ROOT, stdout=slave, env=environment):
         os.close(slave)
-        output = b""
-        with contextlib.suppress(OSError):  # on Linux this means that the other end is closed
-            while part := os.read(master, 1 << 16):
-                output += part
-    os.close(master)
+        output = read_terminal(master)
     return output.decode().replace("\r\n", "\n")
 
 

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import BYTE_TO_CHAR, ROOT, write_model
+from helpers import BYTE_TO_CHAR, ROOT, read_terminal, write_model
 
 import gpt2
 from utils import load_encoder_hparams_and_params
@@ -433,16 +433,7 @@ def test_the_progress_bar(model, corpus, tmp_path):
     arguments = command(model, corpus[0], "--output", tmp_path / "scores.jsonl")
     with subprocess.Popen(arguments, cwd=ROOT, stderr=theirs) as process:
         os.close(theirs)
-        shown = b""
-        while True:
-            try:
-                piece = os.read(ours, 65536)
-            except OSError:  # Linux reports the end so
-                break
-            if not piece:
-                break
-            shown += piece
-    os.close(ours)
+        shown = read_terminal(ours)
     assert process.returncode == 1
     assert b"100%|" in shown
     assert b"4,500 texts, " in shown
