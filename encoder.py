@@ -22,20 +22,31 @@ import regex
 
 # A word is an English contraction; or letters, digits or other characters after at most one space; or white space,
 # without the last space before a word. ++ is possessive: it does not backtrack, which is faster and matches the same.
-WORD = regex.compile(r" ?\p{L}++|'(?:[sdmt]|ll|ve|re)| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
+WORD = regex.compile(
+    r" ?\p{L}++|'(?:[sdmt]|ll|ve|re)| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+)
 # Python's re is twice as fast, but only for ASCII. So a text is cut into pieces before a space or newline that follows
 # another character: the words stay the same, and many pieces are ASCII.
-ASCII_WORD = re.compile(r" ?[A-Za-z]+|'(?:[sdmt]|ll|ve|re)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s", re.ASCII)
+ASCII_WORD = re.compile(
+    r" ?[A-Za-z]+|'(?:[sdmt]|ll|ve|re)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s", re.ASCII
+)
 PIECE = re.compile(r".{250}.*?\S(?=[ \n])|.+", re.DOTALL)
 
 # The character for each of the 256 bytes: the same as in Latin-1 if that is printable, else the next one from U+0100.
-_PRINTABLE = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+_PRINTABLE = {
+    *range(ord("!"), ord("~") + 1),
+    *range(ord("¡"), ord("¬") + 1),
+    *range(ord("®"), ord("ÿ") + 1),
+}
 _OTHERS = iter(range(256, 512))
 BYTE_CHARS = "".join(chr(byte if byte in _PRINTABLE else next(_OTHERS)) for byte in range(256))
 _CHAR_BYTES, _CHARS = codecs.charmap_build(BYTE_CHARS), set(BYTE_CHARS)
 
 _NO_RANK = sys.maxsize
-_CACHE_WORDS, _CACHE_WORD_CHARS = 2**17, 64  # cache at most this many words, and only words up to this length
+_CACHE_WORDS, _CACHE_WORD_CHARS = (
+    2**17,
+    64,
+)  # cache at most this many words, and only words up to this length
 
 
 def _chars(text: str) -> str:
@@ -66,7 +77,13 @@ class Encoder:
     [813, 25]
     """
 
-    def __init__(self, encoder: dict[str, int], bpe_merges: list[tuple], errors: str = "replace", ignore_merges=True):
+    def __init__(
+        self,
+        encoder: dict[str, int],
+        bpe_merges: list[tuple],
+        errors: str = "replace",
+        ignore_merges=True,
+    ):
         self.encoder = encoder
         self.ignore_merges = ignore_merges
         self.decoder = dict(zip(encoder.values(), encoder, strict=True))
@@ -121,8 +138,12 @@ class Encoder:
     def _decode_token(self, token_id: int) -> str:
         """Return the bytes of a token as Latin-1 characters. Strings join faster than bytes."""
         if token_id not in self.decoder:
-            raise ValueError(f"{token_id!r} is not a token id: the vocabulary has {len(self.decoder)} tokens")
-        return codecs.charmap_encode(self.decoder[token_id], "strict", _CHAR_BYTES)[0].decode("latin-1")
+            raise ValueError(
+                f"{token_id!r} is not a token id: the vocabulary has {len(self.decoder)} tokens"
+            )
+        return codecs.charmap_encode(self.decoder[token_id], "strict", _CHAR_BYTES)[0].decode(
+            "latin-1"
+        )
 
     def encode(self, text: str) -> list[int]:
         """Turn any text into token ids. `<|endoftext|>` in it is ordinary text.
@@ -135,7 +156,9 @@ class Encoder:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         pieces = [text] if text.isascii() else PIECE.findall(text)
         words = ((ASCII_WORD if piece.isascii() else WORD).findall(piece) for piece in pieces)
-        return list(chain.from_iterable(map(self._word_ids.__getitem__, chain.from_iterable(words))))
+        return list(
+            chain.from_iterable(map(self._word_ids.__getitem__, chain.from_iterable(words)))
+        )
 
     def decode(self, ids: list[int]) -> str:
         """Turn token ids into text, the inverse of `encode`. Raises ValueError for an id outside the vocabulary."""
@@ -180,8 +203,15 @@ def get_encoder(model_name: str, models_dir: str) -> Encoder:
     Raises ValueError, naming the file, unless the ids are 0 to n - 1 and the 256 bytes in GPT-2's order are followed by
     the merged tokens in the order of the merges. Special tokens may come before or after these.
     """
-    names = {"encoder.json": "vocab.bpe", "vocab.json": "merges.txt", "tokenizer.json": "tokenizer.json"}
-    name = next((name for name in names if os.path.isfile(os.path.join(models_dir, model_name, name))), "encoder.json")
+    names = {
+        "encoder.json": "vocab.bpe",
+        "vocab.json": "merges.txt",
+        "tokenizer.json": "tokenizer.json",
+    }
+    name = next(
+        (name for name in names if os.path.isfile(os.path.join(models_dir, model_name, name))),
+        "encoder.json",
+    )
     path, merges_path = (os.path.join(models_dir, model_name, file) for file in (name, names[name]))
     try:
         with open(path, encoding="utf-8") as file:
@@ -189,12 +219,17 @@ def get_encoder(model_name: str, models_dir: str) -> Encoder:
         if name == "tokenizer.json":
             vocabulary, merges = _read_tokenizer(vocabulary)
         if name != "encoder.json":  # write special tokens with other characters in BYTE_CHARS, too
-            vocabulary = {token if set(token) <= _CHARS else _chars(token): i for token, i in vocabulary.items()}
+            vocabulary = {
+                token if set(token) <= _CHARS else _chars(token): i
+                for token, i in vocabulary.items()
+            }
         ids = list(vocabulary.values())
         if set(map(type, ids)) != {int} or sorted(ids) != list(range(len(ids))):
             raise ValueError("the ids are not 0 to n - 1, each used once")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a GPT-2 vocabulary: {error}; replace it with an intact copy") from None
+        raise ValueError(
+            f"{path} is not a GPT-2 vocabulary: {error}; replace it with an intact copy"
+        ) from None
     try:
         if name != "tokenizer.json":
             with open(merges_path, encoding="utf-8") as file:
@@ -205,7 +240,9 @@ def get_encoder(model_name: str, models_dir: str) -> Encoder:
             merges = list(zip(parts[::2], parts[1::2], strict=True))
         _check_tokens(vocabulary, merges, can_be_cut=name != "tokenizer.json")
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{merges_path} does not fit {path}: {error}; replace both with intact copies") from None
+        raise ValueError(
+            f"{merges_path} does not fit {path}: {error}; replace both with intact copies"
+        ) from None
     return Encoder(vocabulary, merges, ignore_merges=name == "encoder.json")
 
 
@@ -213,14 +250,23 @@ def _read_tokenizer(content: dict) -> tuple[dict[str, int], list[tuple[str, str]
     """Read the vocabulary and the merges of a tokenizer.json of the tokenizers package."""
     splitter, model = content.get("pre_tokenizer") or {}, content["model"]
     is_gpt2s = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
-    if not is_gpt2s or splitter.get("add_prefix_space") or content.get("normalizer") or model.get("ignore_merges"):
+    if (
+        not is_gpt2s
+        or splitter.get("add_prefix_space")
+        or content.get("normalizer")
+        or model.get("ignore_merges")
+    ):
         raise ValueError("its normalizer, pre_tokenizer or model differs from GPT-2's")
-    vocabulary = model["vocab"] | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    vocabulary = model["vocab"] | {
+        token["content"]: token["id"] for token in content.get("added_tokens", [])
+    }
     merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     return vocabulary, [(left, right) for left, right in merges]
 
 
-def _check_tokens(vocabulary: dict[str, int], merges: list[tuple[str, str]], can_be_cut: bool) -> None:
+def _check_tokens(
+    vocabulary: dict[str, int], merges: list[tuple[str, str]], can_be_cut: bool
+) -> None:
     """Raise ValueError unless the 256 bytes are followed by the tokens that the merges make, by id.
 
     can_be_cut: whether the file may lack its last merges. Then any other token that looks merged is an error.
@@ -232,10 +278,14 @@ def _check_tokens(vocabulary: dict[str, int], merges: list[tuple[str, str]], can
     start = vocabulary.get(expected[0], 0)
     end = start + len(expected)
     if tokens[start:end] != expected or len(set(merges)) < len(merges):
-        raise ValueError("the tokens of its merges are missing or have other ids, or a merge is listed twice")
+        raise ValueError(
+            "the tokens of its merges are missing or have other ids, or a merge is listed twice"
+        )
     for token in tokens[:start] + tokens[end:]:
         may_be_merged = can_be_cut and not re.fullmatch(r"<.*>|\[.*\]", token)
-        if may_be_merged and any(token[:i] in vocabulary and token[i:] in vocabulary for i in range(1, len(token))):
+        if may_be_merged and any(
+            token[:i] in vocabulary and token[i:] in vocabulary for i in range(1, len(token))
+        ):
             raise ValueError(f"no merge makes the token {token!r}")
         if not set(token) <= _CHARS:
             raise ValueError(f"{token!r} has characters outside BYTE_CHARS")

@@ -22,7 +22,9 @@ import sys
 import numpy as np
 
 BLOCK_ROWS = 32  # rows per block in gelu and layer_norm: the temporaries fit into the CPU's cache
-ATTENTION_ROWS = 128  # queries per block: large enough for fast products, small enough to skip most future keys
+ATTENTION_ROWS = (
+    128  # queries per block: large enough for fast products, small enough to skip most future keys
+)
 FEW_ROWS = 64  # with fewer rows than this, (w.T @ x.T).T is faster than x @ w in OpenBLAS
 
 # glibc returns freed memory to the system, and new pages must be zeroed again. Freeing one large block first raises its
@@ -41,7 +43,9 @@ def in_blocks_of_rows(function):
         rows = x.reshape(-1, x.shape[-1])
         y = np.empty(rows.shape, np.result_type(x, np.float32))
         for start in range(0, len(rows), BLOCK_ROWS):
-            y[start : start + BLOCK_ROWS] = function(rows[start : start + BLOCK_ROWS], *args, **kwargs)
+            y[start : start + BLOCK_ROWS] = function(
+                rows[start : start + BLOCK_ROWS], *args, **kwargs
+            )
         return y.reshape(x.shape)
 
     return in_blocks
@@ -129,8 +133,14 @@ def mha(x, c_attn, c_proj, n_head, kv=None, n_out=None):
     """
     *batch, n_seq, n_embd = x.shape
     qkv = linear(x, **c_attn)  # [..., n_seq, 3 * n_embd]
-    qkv = qkv.reshape(*batch, n_seq, 3, n_head, n_embd // n_head).swapaxes(-4, -2)  # [..., n_head, 3, n_seq, d_head]
-    q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]  # [..., n_head, n_seq, d_head] each
+    qkv = qkv.reshape(*batch, n_seq, 3, n_head, n_embd // n_head).swapaxes(
+        -4, -2
+    )  # [..., n_head, 3, n_seq, d_head]
+    q, k, v = (
+        qkv[..., 0, :, :],
+        qkv[..., 1, :, :],
+        qkv[..., 2, :, :],
+    )  # [..., n_head, n_seq, d_head] each
     if kv is not None:
         kv[0][..., -n_seq:, :], kv[1][..., -n_seq:, :] = k, v
         k, v = kv  # [..., n_head, n_kv, d_head] each
@@ -157,7 +167,9 @@ class KVCache:
 
     def __init__(self, params, n_head, n_max=None, batch=()):
         n_ctx, n_embd = params["wpe"].shape
-        self.kv = np.empty((len(params["blocks"]), 2, *batch, n_head, n_max or n_ctx, n_embd // n_head), np.float32)
+        self.kv = np.empty(
+            (len(params["blocks"]), 2, *batch, n_head, n_max or n_ctx, n_embd // n_head), np.float32
+        )
         self.n_past = 0
 
 
@@ -180,11 +192,15 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, n_out=None):
     x = wte[inputs] + wpe[n_past:n_kv]  # token and position embeddings, [..., n_seq, n_embd]
     for layer, block in enumerate(blocks):
         kv = cache.kv[layer][..., :n_kv, :] if cache else None
-        is_last = layer == len(blocks) - 1  # n_out applies to the last layer; the others need all positions
+        is_last = (
+            layer == len(blocks) - 1
+        )  # n_out applies to the last layer; the others need all positions
         x = transformer_block(x, **block, n_head=n_head, kv=kv, n_out=n_out if is_last else None)
     if cache:
         cache.n_past = n_kv
-    return matmul(layer_norm(x, **ln_f), wte.T)  # weight tying: the embeddings are the output weights, too
+    return matmul(
+        layer_norm(x, **ln_f), wte.T
+    )  # weight tying: the embeddings are the output weights, too
 
 
 def _checked_ids(ids, n_vocab, max_ndim=32):
@@ -192,7 +208,9 @@ def _checked_ids(ids, n_vocab, max_ndim=32):
     if ids.size == 0:
         raise ValueError("expected at least one token id, got none")
     if ids.dtype.kind not in "iu" or not 1 <= ids.ndim <= max_ndim:
-        raise TypeError(f"expected a sequence of integers as token ids, got {ids.dtype.type.__name__} {ids.shape}")
+        raise TypeError(
+            f"expected a sequence of integers as token ids, got {ids.dtype.type.__name__} {ids.shape}"
+        )
     if len(wrong := ids[(ids < 0) | (ids >= n_vocab)]):
         raise ValueError(f"{wrong[0]} is not a token id: the vocabulary has {n_vocab} tokens")
     return ids
@@ -207,14 +225,18 @@ def token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     """
     _check(temperature=temperature, top_k=top_k, top_p=top_p)
     logits = np.asarray(logits, np.float32)
-    with np.errstate(over="ignore", under="ignore"):  # a low temperature may turn unlikely tokens into -inf
+    with np.errstate(
+        over="ignore", under="ignore"
+    ):  # a low temperature may turn unlikely tokens into -inf
         scaled = (logits - logits.max()) / max(temperature, 1e-30)
         if 0 < top_k < len(logits):
             scaled[logits < np.partition(logits, -top_k)[-top_k]] = -np.inf
         probs = softmax(scaled)
     if top_p < 1:
         descending = np.sort(probs)[::-1]
-        cumulative = np.cumsum(descending.astype(np.float64))  # float64 keeps the sum of small terms exact
+        cumulative = np.cumsum(
+            descending.astype(np.float64)
+        )  # float64 keeps the sum of small terms exact
         probs[probs < descending[np.searchsorted(cumulative[:-1], top_p)]] = 0
         probs /= probs.sum()
     return probs
@@ -243,11 +265,26 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
     steps = stream(inputs, params, n_head, n_tokens_to_generate, **options)
     steps = list(progress_bar(steps, "generating", total=n_tokens_to_generate, leave=False))
     n_samples = options.get("n_samples")
-    return steps if n_samples is None else [[row[i] for row in steps if row[i] is not None] for i in range(n_samples)]
+    return (
+        steps
+        if n_samples is None
+        else [[row[i] for row in steps if row[i] is not None] for i in range(n_samples)]
+    )
 
 
-def stream(inputs, params, n_head, n_tokens_to_generate, *,
-           temperature=0.0, top_k=0, top_p=1.0, seed=None, n_samples=None, stop_id=None):  # fmt: skip
+def stream(
+    inputs,
+    params,
+    n_head,
+    n_tokens_to_generate,
+    *,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    seed=None,
+    n_samples=None,
+    stop_id=None,
+):
     """Generate as `generate` does -> iterator over ids. With n_samples, over lists of ids, None for ended samples."""
     sampling = _check(temperature=temperature, top_k=top_k, top_p=top_p)
     _check(n_tokens_to_generate=n_tokens_to_generate, seed=seed, n_samples=n_samples)
@@ -256,11 +293,15 @@ def stream(inputs, params, n_head, n_tokens_to_generate, *,
 
     def steps():
         window = prompt[None, -n_ctx:]  # the tokens that the model sees, [n_samples, n_window]
-        cache = KVCache(params, n_head, min(n_ctx, window.shape[1] + n_tokens_to_generate), batch=(1,))
+        cache = KVCache(
+            params, n_head, min(n_ctx, window.shape[1] + n_tokens_to_generate), batch=(1,)
+        )
         running = np.ones(len(rngs), bool)
         for _ in range(n_tokens_to_generate):
             # 1. Feed the tokens that are not in the cache: the prompt, then one token per step.
-            logits = gpt2(window[:, cache.n_past :], **params, n_head=n_head, cache=cache, n_out=1)[:, -1]
+            logits = gpt2(window[:, cache.n_past :], **params, n_head=n_head, cache=cache, n_out=1)[
+                :, -1
+            ]
             # 2. After the prompt, give each sample its own copy.
             if len(window) < len(rngs):
                 cache.kv = cache.kv.repeat(len(rngs), axis=2)
@@ -268,11 +309,16 @@ def stream(inputs, params, n_head, n_tokens_to_generate, *,
             # 3. Choose the next token of each sample.
             if not np.isfinite(logits).all():
                 raise ValueError("the logits are not finite: the parameters are damaged")
-            new_ids = np.array([sample(row, rng, **sampling) for row, rng in zip(logits, rngs, strict=True)])
+            new_ids = np.array(
+                [sample(row, rng, **sampling) for row, rng in zip(logits, rngs, strict=True)]
+            )
             running &= new_ids != stop_id
             if not running.any():
                 return
-            row = [new_id if runs else None for new_id, runs in zip(new_ids.tolist(), running, strict=True)]
+            row = [
+                new_id if runs else None
+                for new_id, runs in zip(new_ids.tolist(), running, strict=True)
+            ]
             yield row if n_samples else row[0]
             # 4. Append the tokens. If the window outgrows the context, keep its second half and recompute the cache.
             window = np.concatenate([window, new_ids[:, None]], axis=1)
@@ -298,7 +344,9 @@ def log_probs(ids, params, n_head):
         logits = gpt2(window[:-1], **params, n_head=n_head, n_out=len(targets))
         logits -= logits.max(axis=-1, keepdims=True)
         chosen = logits[np.arange(len(targets)), targets]
-        parts.append(chosen - np.log(np.exp(logits, out=logits).sum(axis=-1)))  # log(softmax(logits))
+        parts.append(
+            chosen - np.log(np.exp(logits, out=logits).sum(axis=-1))
+        )  # log(softmax(logits))
         n_scored, start = n_scored + len(targets), start + max(n_ctx // 2, 1)
     return np.concatenate(parts)
 
@@ -322,7 +370,9 @@ def _check(prefix="", /, **options):
             options[name] = value if value is None else kind(value)
             if is_valid(options[name]) and (isinstance(value, str) or options[name] == value):
                 continue
-        raise ValueError(f"{prefix}{name} must be {words}, got {options[name] if isinstance(value, str) else value!r}")
+        raise ValueError(
+            f"{prefix}{name} must be {words}, got {options[name] if isinstance(value, str) else value!r}"
+        )
     return options
 
 
@@ -335,7 +385,9 @@ def continuation(prompt, model, n_tokens_to_generate=40, *, n_samples=1, stop=No
     encoder, hparams, params = model
     end_id, n_samples = encoder.encoder.get("<|endoftext|>"), n_samples or 1
     if not prompt and end_id is None:
-        raise ValueError("the prompt is empty, and the vocabulary has no <|endoftext|> to start from")
+        raise ValueError(
+            "the prompt is empty, and the vocabulary has no <|endoftext|> to start from"
+        )
     ids = encoder.encode(prompt) or [end_id]
     from encoder import TextDecoder
 
@@ -347,15 +399,29 @@ def continuation(prompt, model, n_tokens_to_generate=40, *, n_samples=1, stop=No
         if n_samples == 1:
             yield samples[0]
             samples[0] = ""
-        if all(decoder.stopped or token_id is None for decoder, token_id in zip(decoders, row, strict=True)):
+        if all(
+            decoder.stopped or token_id is None
+            for decoder, token_id in zip(decoders, row, strict=True)
+        ):
             break
     for i, decoder in enumerate(decoders):
         heading = f"{'=' * 40} SAMPLE {i + 1} {'=' * 40}\n" * (n_samples > 1)
         yield heading + samples[i] + decoder.decode([], final=True) + "\n" * (i + 1 < n_samples)
 
 
-def main(prompt: str, n_tokens_to_generate: int = 40, model_size: str = "124M", models_dir: str = "models", *,
-         temperature=0.0, top_k=0, top_p=1.0, seed=None, n_samples=1, stop=None) -> str:  # fmt: skip
+def main(
+    prompt: str,
+    n_tokens_to_generate: int = 40,
+    model_size: str = "124M",
+    models_dir: str = "models",
+    *,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    seed=None,
+    n_samples=1,
+    stop=None,
+) -> str:
     """python gpt2.py PROMPT [N_TOKENS_TO_GENERATE [MODEL_SIZE [MODELS_DIR]]] [OPTIONS]    continue a text with GPT-2
 
     PROMPT                       the text, in quotes. - reads standard input (without the final newline), "" is an empty
@@ -374,7 +440,9 @@ def main(prompt: str, n_tokens_to_generate: int = 40, model_size: str = "124M", 
 
     From Python, main returns what the command prints. It raises what `generate` and utils.py raise.
     """
-    options = _check(n_tokens_to_generate=n_tokens_to_generate, n_samples=n_samples, seed=seed, stop=stop)
+    options = _check(
+        n_tokens_to_generate=n_tokens_to_generate, n_samples=n_samples, seed=seed, stop=stop
+    )
     options |= _check(temperature=temperature, top_k=top_k, top_p=top_p)
     from utils import load_encoder_hparams_and_params
 
@@ -390,7 +458,9 @@ def parse_arguments(arguments):
     import fire
 
     flag, options = "--|-[a-zA-Z]", {}
-    for word, following in zip(arguments, [*arguments[1:], "--"], strict=False):  # fire would read --seed alone as True
+    for word, following in zip(
+        arguments, [*arguments[1:], "--"], strict=False
+    ):  # fire would read --seed alone as True
         if re.match(flag, word) and "=" not in word and re.match(flag, following):
             raise ValueError(f"{word} needs a value, or is not an option")
 
@@ -401,10 +471,16 @@ def parse_arguments(arguments):
 
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # fire reports an error on many lines
-            fire.Fire(bind, [*arguments, "--", "--separator=\0"])  # the default, -, is a prompt here
+            fire.Fire(
+                bind, [*arguments, "--", "--separator=\0"]
+            )  # the default, -, is a prompt here
     except fire.core.FireExit as error:
-        raise ValueError(error.trace.elements[-1].ErrorAsStr().replace("Could not consume", "unknown")) from None
-    return options | _check("--", **{name: options[name] for name in options.keys() & _OPTIONS.keys()})
+        raise ValueError(
+            error.trace.elements[-1].ErrorAsStr().replace("Could not consume", "unknown")
+        ) from None
+    return options | _check(
+        "--", **{name: options[name] for name in options.keys() & _OPTIONS.keys()}
+    )
 
 
 def show(pieces):
@@ -431,7 +507,10 @@ def answer_prompts(model, options):
         import readline  # noqa: F401  gives input() line editing and a history
     status, at_terminal = 0, sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
-        print("Each line is a prompt of its own. Ctrl-C stops an answer, Ctrl-D exits.", file=sys.stderr)
+        print(
+            "Each line is a prompt of its own. Ctrl-C stops an answer, Ctrl-D exits.",
+            file=sys.stderr,
+        )
     while True:
         try:
             if prompt := input("> " * at_terminal).removesuffix("\r"):
@@ -445,7 +524,9 @@ def answer_prompts(model, options):
             status = complain(error, int(not at_terminal))
 
 
-@np.errstate(over="ignore", invalid="ignore")  # damaged parameters give one error, not many warnings
+@np.errstate(
+    over="ignore", invalid="ignore"
+)  # damaged parameters give one error, not many warnings
 def command_line(arguments):
     """Run the command line -> exit status: 0, 1 after an error, 2 for unusable arguments, 130 after Ctrl-C."""
     from utils import load_encoder_hparams_and_params, robust_streams
@@ -461,17 +542,30 @@ def command_line(arguments):
             options, status = parse_arguments(arguments), 1
             if options["prompt"] == "-":
                 options["prompt"] = re.sub("\r?\n\\Z", "", sys.stdin.buffer.read().decode("utf-8"))
-            unused = [f"--{name}" for name in ("top_k", "top_p", "seed", "n_samples") if name in options]
+            unused = [
+                f"--{name}" for name in ("top_k", "top_p", "seed", "n_samples") if name in options
+            ]
             if unused and not options.get("temperature"):
-                complain(f"warning: at temperature 0, these options have no effect: {', '.join(unused)}")
-            model = load_encoder_hparams_and_params(options.pop("model_size"), options.pop("models_dir"))
-            return answer_prompts(model, options) if interactive else show(continuation(model=model, **options))
+                complain(
+                    f"warning: at temperature 0, these options have no effect: {', '.join(unused)}"
+                )
+            model = load_encoder_hparams_and_params(
+                options.pop("model_size"), options.pop("models_dir")
+            )
+            return (
+                answer_prompts(model, options)
+                if interactive
+                else show(continuation(model=model, **options))
+            )
         except KeyboardInterrupt:
             return 130
         except UnicodeDecodeError as error:
             return complain(f"the prompt is not UTF-8: {error}", status)
         except ValueError as error:
-            return complain(f"{error}{' (is the prompt in quotes? --help lists the options)' * (status == 2)}", status)
+            return complain(
+                f"{error}{' (is the prompt in quotes? --help lists the options)' * (status == 2)}",
+                status,
+            )
         except (OSError, ImportError, MemoryError, OverflowError) as error:
             return complain(str(error) or "out of memory", 1)
 

@@ -8,6 +8,7 @@ import base64
 import contextlib
 import glob
 import hashlib
+import io
 import json
 import math
 import mmap
@@ -17,6 +18,9 @@ import re
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -35,8 +39,12 @@ FILES = {  # of a published model, with their SHA-256 for 124M; the other sizes 
 IN_EVERY_SIZE = ("encoder.json", "vocab.bpe")
 HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 _sizes = operator.itemgetter(*HPARAMS)
-MODEL_SIZES = {"124M": (50257, 1024, 768, 12, 12), "355M": (50257, 1024, 1024, 16, 24),
-               "774M": (50257, 1024, 1280, 20, 36), "1558M": (50257, 1024, 1600, 25, 48)}  # fmt: skip
+MODEL_SIZES = {
+    "124M": (50257, 1024, 768, 12, 12),
+    "355M": (50257, 1024, 1024, 16, 24),
+    "774M": (50257, 1024, 1280, 20, 36),
+    "1558M": (50257, 1024, 1600, 25, 48),
+}
 _DATA, _RECORD = (
     ".data-00000-of-00001",
     ".verified.json",
@@ -74,7 +82,9 @@ def download_gpt2_files(model_size: str, model_dir: str) -> None:
     OSError if a file cannot be written.
     """
     if model_size not in MODEL_SIZES:
-        raise ValueError(f"there is no published model {model_size!r}, only {', '.join(MODEL_SIZES)}")
+        raise ValueError(
+            f"there is no published model {model_size!r}, only {', '.join(MODEL_SIZES)}"
+        )
     if all(os.path.isfile(os.path.join(model_dir, name)) for name in FILES):
         return
     import requests
@@ -83,7 +93,10 @@ def download_gpt2_files(model_size: str, model_dir: str) -> None:
     if not base_url.lower().startswith(("https://", "http://")):
         raise ValueError(f"GPT2_BASE_URL must begin with https:// or http://, got {base_url!r}")
     if _unverified():
-        print(f"warning: GPT2_ALLOW_UNVERIFIED is set: SHA-256 is not checked in {model_dir}", file=sys.stderr)
+        print(
+            f"warning: GPT2_ALLOW_UNVERIFIED is set: SHA-256 is not checked in {model_dir}",
+            file=sys.stderr,
+        )
     with _locked(model_dir), requests.Session() as session:
         if base_url.lower().startswith("https://"):
             del session.adapters["http://"]  # no redirect may lead from https to http
@@ -91,7 +104,12 @@ def download_gpt2_files(model_size: str, model_dir: str) -> None:
             is_known = not _unverified() and (model_size == "124M" or name in IN_EVERY_SIZE)
             path = os.path.join(model_dir, name)
             if not os.path.isfile(path):
-                _fetch(session, f"{base_url}/{model_size}/{name}", path, sha256=FILES[name] if is_known else None)
+                _fetch(
+                    session,
+                    f"{base_url}/{model_size}/{name}",
+                    path,
+                    sha256=FILES[name] if is_known else None,
+                )
             _discard(path + ".part")
 
 
@@ -102,14 +120,20 @@ def _unverified() -> bool:
 @contextlib.contextmanager
 def _locked(folder: str):
     """Create the folder and lock it against other processes (not on Windows). Remove it at the end if it is empty."""
-    created = [path for path in (folder, os.path.dirname(folder)) if path and not os.path.isdir(path)]
+    created = [
+        path for path in (folder, os.path.dirname(folder)) if path and not os.path.isdir(path)
+    ]
     os.makedirs(folder, exist_ok=True)
     descriptor = None
     try:
-        with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, some file systems have no locks
+        with contextlib.suppress(
+            ImportError, OSError
+        ):  # Windows has no fcntl, some file systems have no locks
             import fcntl
 
-            descriptor = os.open(folder, os.O_RDONLY)  # the lock is on the folder itself and leaves no file
+            descriptor = os.open(
+                folder, os.O_RDONLY
+            )  # the lock is on the folder itself and leaves no file
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -141,7 +165,9 @@ def _fetch(session, url: str, path: str, sha256: str | None) -> None:
             if failures > RETRIES or (not answered and time.monotonic() - started > PATIENCE):
                 hint = "" if answered else "; --model_size tiny needs no network"
                 raise ConnectionError(f"cannot download {url}: {_reason(error)}{hint}") from None
-            wait = error.response.headers.get("Retry-After", "") if error.response is not None else ""
+            wait = (
+                error.response.headers.get("Retry-After", "") if error.response is not None else ""
+            )
             wait = min(int(wait), MAX_WAIT) if wait.isdecimal() else 0
             time.sleep(max(wait, BACKOFF * 2 ** max(failures - 1, 0)))
         except OSError as error:
@@ -191,12 +217,19 @@ def _request(session, url: str, part: str) -> str | None:
                     bar.update(len(chunk))
                 os.fsync(file.fileno())
             if _size(part) != length:
-                raise requests.ConnectionError(f"received {_size(part)} of {length} bytes", response=response)
+                raise requests.ConnectionError(
+                    f"received {_size(part)} of {length} bytes", response=response
+                )
             md5 = response.headers.get("x-ms-blob-content-md5")
-            if response.status_code == 200:  # Content-MD5 of a 206 covers only the range (RFC 2616, 14.15)
+            if (
+                response.status_code == 200
+            ):  # Content-MD5 of a 206 covers only the range (RFC 2616, 14.15)
                 md5 = md5 or response.headers.get("Content-MD5")
             return base64.b64decode(md5).hex() if md5 else None
-    except (requests.TooManyRedirects, ValueError) as error:  # ValueError: an unusable address or header
+    except (
+        requests.TooManyRedirects,
+        ValueError,
+    ) as error:  # ValueError: an unusable address or header
         raise ConnectionError(f"cannot download {url}: {error}") from None
 
 
@@ -206,11 +239,15 @@ def _expected_length(response, url: str, part: str, offset: int, version: str | 
 
     status, headers = response.status_code, response.headers
     if status in (206, 416) and version:
-        content_range = re.fullmatch(rf"bytes {offset}-\d+/(\d+)", headers.get("Content-Range", ""), re.IGNORECASE)
+        content_range = re.fullmatch(
+            rf"bytes {offset}-\d+/(\d+)", headers.get("Content-Range", ""), re.IGNORECASE
+        )
         if status == 206 and content_range and _version(response) in (None, version):
             return int(content_range[1])
         _discard(part)
-        raise requests.HTTPError("the server did not resume at the requested offset", response=response)
+        raise requests.HTTPError(
+            "the server did not resume at the requested offset", response=response
+        )
     if status in TRANSIENT:
         raise requests.HTTPError(f"HTTP status {status}", response=response)
     if status != 200:
@@ -235,7 +272,10 @@ def _reason(error) -> str:
     """Return the message of an error without urllib3's object names."""
     inner = error.args[0] if error.args else error
     inner = getattr(inner, "reason", inner)
-    inner, proxy = getattr(inner, "original_error", inner), "the proxy: " * hasattr(inner, "original_error")
+    inner, proxy = (
+        getattr(inner, "original_error", inner),
+        "the proxy: " * hasattr(inner, "original_error"),
+    )
     return proxy + re.sub(r"^\w+\(.*?\): ", "", str(inner))
 
 
@@ -271,10 +311,15 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[E
     a missing file, ImportError if TensorFlow is needed and missing, and what download_gpt2_files raises.
     """
     if model_size in ("", ".", "..") or re.search(r"[/\\:\0]", model_size):
-        raise ValueError(f"model_size must name a folder in {os.path.abspath(models_dir)}, got {model_size!r}")
+        raise ValueError(
+            f"model_size must name a folder in {os.path.abspath(models_dir)}, got {model_size!r}"
+        )
     model_dir = os.path.join(models_dir, model_size)
     tf_ckpt_path, config_path = _checkpoint_path(model_dir), os.path.join(model_dir, "config.json")
-    is_published = model_size in MODEL_SIZES and tf_ckpt_path in (None, os.path.join(model_dir, "model.ckpt"))
+    is_published = model_size in MODEL_SIZES and tf_ckpt_path in (
+        None,
+        os.path.join(model_dir, "model.ckpt"),
+    )
     params = None
     if tf_ckpt_path is None and os.path.isfile(config_path):
         hparams, params = _load_hugging_face(config_path)
@@ -287,17 +332,27 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[E
             tf_ckpt_path = _checkpoint_path(model_dir)
         if tf_ckpt_path is None:
             if os.path.isdir(model_dir):
-                raise FileNotFoundError(f"{os.path.abspath(model_dir)} holds neither a checkpoint nor a config.json")
-            files = glob.glob("*/checkpoint", root_dir=models_dir) + glob.glob("*/config.json", root_dir=models_dir)
+                raise FileNotFoundError(
+                    f"{os.path.abspath(model_dir)} holds neither a checkpoint nor a config.json"
+                )
+            files = glob.glob("*/checkpoint", root_dir=models_dir) + glob.glob(
+                "*/config.json", root_dir=models_dir
+            )
             names = ", ".join(sorted({os.path.dirname(path) for path in files})) or "none"
             names += f"; published: {', '.join(MODEL_SIZES)}"
-            raise ValueError(f"there is no model {os.path.abspath(model_dir)}; models there: {names}")
+            raise ValueError(
+                f"there is no model {os.path.abspath(model_dir)}; models there: {names}"
+            )
         encoder, path = get_encoder(model_size, models_dir), os.path.join(model_dir, "hparams.json")
         hparams = _checked_hparams(_read_json(path), path)
         if is_published and not _unverified() and _sizes(hparams) != MODEL_SIZES[model_size]:
-            raise ValueError(f"{path} does not have the values of the published {model_size}; {_REPLACE}")
+            raise ValueError(
+                f"{path} does not have the values of the published {model_size}; {_REPLACE}"
+            )
     if (n_tokens := len(encoder.decoder)) != hparams["n_vocab"]:
-        raise ValueError(f"{model_dir}: the vocabulary has {n_tokens} tokens, but n_vocab is {hparams['n_vocab']}")
+        raise ValueError(
+            f"{model_dir}: the vocabulary has {n_tokens} tokens, but n_vocab is {hparams['n_vocab']}"
+        )
     return encoder, hparams, params or load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams)
 
 
@@ -306,17 +361,24 @@ def _checkpoint_path(model_dir: str) -> str | None:
 
     It is TensorFlow's CheckpointState in protobuf's text format. It may hold a path on the machine that saved it.
     """
-    path, string = os.path.join(model_dir, "checkpoint"), rb"""("(?:[^"\\]|\\.)+"|'(?:[^'\\]|\\.)+')"""
+    path, string = (
+        os.path.join(model_dir, "checkpoint"),
+        rb"""("(?:[^"\\]|\\.)+"|'(?:[^'\\]|\\.)+')""",
+    )
     if not os.path.isfile(path):
         return None
     with open(path, "rb") as file:
         named = re.search(rb"^\s*model_checkpoint_path\s*:\s*" + string, file.read(), re.MULTILINE)
     try:
-        name = os.path.basename(named[1][1:-1].decode("unicode_escape").encode("latin-1").decode("utf-8"))
+        name = os.path.basename(
+            named[1][1:-1].decode("unicode_escape").encode("latin-1").decode("utf-8")
+        )
     except (TypeError, ValueError):
         raise ValueError(f"{path} does not name a checkpoint; {_REPLACE}") from None
     is_there = os.path.isfile(os.path.join(model_dir, name + ".index"))
-    return os.path.join(model_dir, name if is_there else name.rpartition("\\")[2])  # it was saved on Windows
+    return os.path.join(
+        model_dir, name if is_there else name.rpartition("\\")[2]
+    )  # it was saved on Windows
 
 
 def _read_json(path: str) -> dict:
@@ -332,9 +394,13 @@ def _checked_hparams(hparams: dict, path: str) -> dict:
         if name not in hparams:
             raise ValueError(f"{path} has no {name}; {_REPLACE}")
         if type(hparams[name]) is not int or hparams[name] < 1:
-            raise ValueError(f"{path}: {name} must be a whole number, 1 or more, got {hparams[name]!r}")
+            raise ValueError(
+                f"{path}: {name} must be a whole number, 1 or more, got {hparams[name]!r}"
+            )
     if hparams["n_embd"] % hparams["n_head"]:
-        raise ValueError(f"{path}: n_embd {hparams['n_embd']} is not a multiple of n_head {hparams['n_head']}")
+        raise ValueError(
+            f"{path}: n_embd {hparams['n_embd']} is not a multiple of n_head {hparams['n_head']}"
+        )
     return hparams
 
 
@@ -359,7 +425,10 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path: str, hparams: dict) -> dict:
     mapped, record, known = {}, None, KNOWN_DATA.get(_sizes(hparams))
     if data_paths == [tf_ckpt_path + _DATA]:
         mapped, record = _map_checkpoint(tf_ckpt_path, hparams)
-    with contextlib.suppress(OSError, ValueError, RecursionError), open(tf_ckpt_path + _RECORD) as file:
+    with (
+        contextlib.suppress(OSError, ValueError, RecursionError),
+        open(tf_ckpt_path + _RECORD) as file,
+    ):
         if mapped and json.load(file) == record:
             return _nested(mapped, hparams)
     variables = mapped
@@ -379,9 +448,14 @@ def _map_checkpoint(tf_ckpt_path: str, hparams: dict) -> tuple[dict, dict]:
     n_vocab, n_ctx, n_embd, _, n_layer = _sizes(hparams)
     with open(tf_ckpt_path + _DATA, "rb") as file:
         files = {"index": os.stat(tf_ckpt_path + ".index"), "data": os.fstat(file.fileno())}
-        record = {name: [status.st_size, status.st_mtime_ns, status.st_ctime_ns] for name, status in files.items()}
+        record = {
+            name: [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+            for name, status in files.items()
+        }
         record["hparams"] = list(_sizes(hparams))
-        if files["data"].st_size != 4 * n_embd * (n_vocab + n_ctx + 2 + n_layer * (12 * n_embd + 13)):
+        if files["data"].st_size != 4 * n_embd * (
+            n_vocab + n_ctx + 2 + n_layer * (12 * n_embd + 13)
+        ):
             return {}, record
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     arrays, offset = {}, 0
@@ -395,10 +469,24 @@ def _variable_shapes(hparams: dict, n_inner: int | None = None):
     """Yield the (name, shape) of each variable of openai/gpt-2's model.py. n_inner is 4 * n_embd by default."""
     n_vocab, n_ctx, n, _, n_layer = _sizes(hparams)
     n_inner = n_inner or 4 * n
-    yield from {"model/wte": (n_vocab, n), "model/wpe": (n_ctx, n), "model/ln_f/g": (n,), "model/ln_f/b": (n,)}.items()
-    block = {"ln_1/g": (n,), "ln_1/b": (n,), "attn/c_attn/w": (1, n, 3 * n), "attn/c_attn/b": (3 * n,)}
+    yield from {
+        "model/wte": (n_vocab, n),
+        "model/wpe": (n_ctx, n),
+        "model/ln_f/g": (n,),
+        "model/ln_f/b": (n,),
+    }.items()
+    block = {
+        "ln_1/g": (n,),
+        "ln_1/b": (n,),
+        "attn/c_attn/w": (1, n, 3 * n),
+        "attn/c_attn/b": (3 * n,),
+    }
     block |= {"attn/c_proj/w": (1, n, n), "attn/c_proj/b": (n,), "ln_2/g": (n,), "ln_2/b": (n,)}
-    block |= {"mlp/c_fc/w": (1, n, n_inner), "mlp/c_fc/b": (n_inner,), "mlp/c_proj/w": (1, n_inner, n)}
+    block |= {
+        "mlp/c_fc/w": (1, n, n_inner),
+        "mlp/c_fc/b": (n_inner,),
+        "mlp/c_proj/w": (1, n_inner, n),
+    }
     block |= {"mlp/c_proj/b": (n,)}
     for layer in range(n_layer):
         yield from ((f"model/h{layer}/{name}", shape) for name, shape in block.items())
@@ -410,7 +498,9 @@ def _checked_names(found: dict, hparams: dict, where: str, n_inner: int | None =
     for name, shape in _variable_shapes(hparams, n_inner):
         if name not in found or tuple(found[name]) not in (shape, shape[-2:]):
             problem = f"has shape {list(found[name])}" if name in found else "is missing"
-            raise ValueError(f"{where}: {name} {problem}, expected shape {list(shape)} from the model's sizes")
+            raise ValueError(
+                f"{where}: {name} {problem}, expected shape {list(shape)} from the model's sizes"
+            )
         names.append(name)
     if any(name.startswith(f"model/h{hparams['n_layer']}/") for name in found):
         raise ValueError(f"{where} has more layers than n_layer, which is {hparams['n_layer']}")
@@ -424,7 +514,11 @@ def _nested(variables: dict, hparams: dict) -> dict:
         _, *keys, last = name.split("/")
         place = params
         for key in keys:
-            place = params["blocks"][int(key[1:])] if re.fullmatch(r"h\d+", key) else place.setdefault(key, {})
+            place = (
+                params["blocks"][int(key[1:])]
+                if re.fullmatch(r"h\d+", key)
+                else place.setdefault(key, {})
+            )
         array.flags.writeable = False
         place[last] = array.reshape(array.shape[-2:])  # a w is [1, n_in, n_out] in a checkpoint
     return params
@@ -435,7 +529,10 @@ def _nested(variables: dict, hparams: dict) -> dict:
 
 def _read_with_tensorflow(tf_ckpt_path: str, hparams: dict, mapped: dict) -> dict[str, np.ndarray]:
     """Read GPT-2's variables through TensorFlow, which verifies them -> {name: array}, mapped arrays where equal."""
-    for name, value in ("TF_CPP_MIN_LOG_LEVEL", "3"), ("TF_ENABLE_ONEDNN_OPTS", "0"):  # else it prints many lines
+    for name, value in (
+        ("TF_CPP_MIN_LOG_LEVEL", "3"),
+        ("TF_ENABLE_ONEDNN_OPTS", "0"),
+    ):  # else it prints many lines
         os.environ.setdefault(name, value)
     try:
         import tensorflow as tf
@@ -450,9 +547,15 @@ def _read_with_tensorflow(tf_ckpt_path: str, hparams: dict, mapped: dict) -> dic
             damaged = " or ".join(sorted(glob.glob(glob.escape(tf_ckpt_path) + ".data-*")))
             for name in progress_bar(names, "first load"):
                 variables[name] = np.asarray(reader.get_tensor(name), np.float32)
-                if name in mapped and np.array_equal(variables[name].view(np.uint32), mapped[name].view(np.uint32)):
+                if name in mapped and np.array_equal(
+                    variables[name].view(np.uint32), mapped[name].view(np.uint32)
+                ):
                     variables[name] = mapped[name]
-    except (tf.errors.OpError, RuntimeError, IndexError) as error:  # IndexError: the data ends too early
+    except (
+        tf.errors.OpError,
+        RuntimeError,
+        IndexError,
+    ) as error:  # IndexError: the data ends too early
         reason = str(error).splitlines()[0]
         if "No such file" in reason:  # one of several data files
             raise FileNotFoundError(reason) from None
@@ -475,11 +578,27 @@ def _without_wildcards(path: str):
 # Hugging Face
 
 # The supported values of config.json. The first is the default.
-_CONFIG = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-           "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
-           "add_cross_attention": (False,), "tie_word_embeddings": (True,)}  # fmt: skip
-_CONFIG_SIZES = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}  # the defaults
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # BF16 is the upper half of a float32
+_CONFIG = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+_CONFIG_SIZES = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+}  # the defaults
+_DTYPES = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+}  # BF16 is the upper half of a float32
 _CONVERT = "convert a pickle (*.bin) with transformers: AutoModelForCausalLM.from_pretrained(F).save_pretrained(F)"
 
 
@@ -488,7 +607,9 @@ def _load_hugging_face(config_path: str) -> tuple[dict, dict]:
     config, model_dir = _read_json(config_path), os.path.dirname(config_path)
     for key, values in _CONFIG.items():
         if config.get(key, values[0]) not in values:
-            raise ValueError(f"{config_path}: {key} {config[key]!r} is not supported, only {values[0]!r}")
+            raise ValueError(
+                f"{config_path}: {key} {config[key]!r} is not supported, only {values[0]!r}"
+            )
     config = {"n_positions": config.get("n_ctx", 1024)} | config
     sizes = [config.get(key, default) for key, default in _CONFIG_SIZES.items()]
     hparams = _checked_hparams(dict(zip(HPARAMS, sizes, strict=True)), config_path)
@@ -496,7 +617,9 @@ def _load_hugging_face(config_path: str) -> tuple[dict, dict]:
     for path in sorted(glob.glob(os.path.join(glob.escape(model_dir), "*.safetensors"))):
         for name, tensor in _read_safetensors(path).items():
             if tensors.setdefault(_our_name(name), tensor) is not tensor:
-                raise ValueError(f"{path} holds the tensor {name}, which occurs twice in this folder")
+                raise ValueError(
+                    f"{path} holds the tensor {name}, which occurs twice in this folder"
+                )
     if not tensors:  # a pickle is never opened: it can run code
         raise FileNotFoundError(f"{os.path.abspath(model_dir)} holds no *.safetensors; {_CONVERT}")
     shapes = {name: tensor[3] for name, tensor in tensors.items()}
@@ -504,13 +627,19 @@ def _load_hugging_face(config_path: str) -> tuple[dict, dict]:
     variables = {name: _array(*tensors[name]) for name in names}
     head = tensors.get("lm_head/w")
     if head and not np.array_equal(_array(*head), variables["model/wte"]):
-        raise ValueError(f"{head[0]}: lm_head.weight differs from wte.weight, which is not supported")
+        raise ValueError(
+            f"{head[0]}: lm_head.weight differs from wte.weight, which is not supported"
+        )
     return hparams, _nested(variables, hparams)
 
 
 def _our_name(name: str) -> str:
     """h.0.attn.c_attn.weight, with or without transformer. before it -> model/h0/attn/c_attn/w."""
-    name = re.sub(r"^(transformer\.)?(h\.|wte|wpe|ln_f)", r"model.\2", name).replace(".h.", ".h").replace(".", "/")
+    name = (
+        re.sub(r"^(transformer\.)?(h\.|wte|wpe|ln_f)", r"model.\2", name)
+        .replace(".h.", ".h")
+        .replace(".", "/")
+    )
     name = re.sub(r"(wte|wpe)/weight$", r"\1", name).removesuffix("eight").removesuffix("ias")
     return re.sub(r"(ln_.)/w$", r"\1/g", name)
 
@@ -520,14 +649,21 @@ def _read_safetensors(path: str) -> dict[str, tuple]:
     try:
         with open(path, "rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start = end = 8 + int.from_bytes(content[:8], "little")  # 8 bytes: the length of the JSON after them
+        start = end = 8 + int.from_bytes(
+            content[:8], "little"
+        )  # 8 bytes: the length of the JSON after them
         is_valid, tensors = 8 < start <= min(len(content), 100_000_000), {}
         text = content[8:start].decode("utf-8") if is_valid else "{}"
-        header = json.loads(text, object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else 0)
+        header = json.loads(
+            text,
+            object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else 0,
+        )
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             (begin, stop), shape = entry["data_offsets"], entry["shape"]
-            is_valid &= set(map(type, (begin, stop, *shape))) == {int} and min(stop - begin, *shape, 0) >= 0
+            is_valid &= (
+                set(map(type, (begin, stop, *shape))) == {int} and min(stop - begin, *shape, 0) >= 0
+            )
             is_valid &= start + begin == end  # no gap, no overlap
             end = start + stop
             tensors[name] = path, content, entry["dtype"], tuple(shape), start + begin, end
@@ -538,41 +674,115 @@ def _read_safetensors(path: str) -> dict[str, tuple]:
     raise ValueError(f"{path} is damaged: its header is not valid; {_REPLACE}")
 
 
-def _array(path: str, content: mmap.mmap, dtype: str, shape: tuple, begin: int, end: int) -> np.ndarray:
+def _array(
+    path: str, content: mmap.mmap, dtype: str, shape: tuple, begin: int, end: int
+) -> np.ndarray:
     """Return a tensor as a float32 array, mapped if it is stored as aligned float32."""
     if dtype not in tuple(_DTYPES):
-        raise ValueError(f"{path}: tensors of type {dtype!r} are not supported, only {', '.join(_DTYPES)}")
+        raise ValueError(
+            f"{path}: tensors of type {dtype!r} are not supported, only {', '.join(_DTYPES)}"
+        )
     if end - begin != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
-        raise ValueError(f"{path} is damaged: a tensor of shape {list(shape)} has {end - begin} bytes; {_REPLACE}")
+        raise ValueError(
+            f"{path} is damaged: a tensor of shape {list(shape)} has {end - begin} bytes; {_REPLACE}"
+        )
     array = np.frombuffer(content, _DTYPES[dtype], math.prod(shape), begin).reshape(shape)
     if dtype == "BF16":
         array = (array.astype(np.uint32) << 16).view(np.float32)
     return np.require(array, np.float32, "A")
 
 
-# The terminal
+# The terminal, shared by gpt2.py and the examples
+
+
+class UsageError(ValueError):
+    """The arguments of a command are unusable."""
+
+
+def run_command(
+    program: str, command: Callable[[list[str]], int | None], arguments: list[str]
+) -> int:
+    """Run command(arguments) -> exit status. An error becomes one line on standard error.
+
+    The status is what the command returns (0 for None), 0 if the reader of its output has closed
+    the pipe, 1 after an error, 2 after a UsageError and 130 after Ctrl-C.
+    """
+    with robust_streams():
+        try:
+            status = command(arguments)
+            sys.stdout.flush()
+            return status or 0
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:
+            return 0
+        except UsageError as error:
+            complain(program, str(error))
+            return 2
+        except (ValueError, OSError, ImportError, MemoryError, OverflowError) as error:
+            complain(program, str(error) or "out of memory")
+            return 1
+
+
+def complain(program: str, message: str) -> None:
+    """Print one line on standard error. Does nothing if that cannot be written."""
+    line = " ".join(message.splitlines())
+    with contextlib.suppress(OSError):
+        print(f"{program}: {line}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def robust_streams():
-    """Make a command work with standard streams that are closed, not writable, or cannot encode a character."""
-    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
-        if getattr(sys, name) is None:  # closed: else the next opened file would get its descriptor
-            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, closefd=False))  # noqa: SIM115
-        getattr(sys, name).reconfigure(errors="replace")
+def robust_streams() -> Iterator[None]:
+    """Make a command work with standard streams that are closed or cannot encode a character.
+
+    A closed stream is replaced by an empty one; otherwise the next file that is opened would get
+    its descriptor, and messages would be written into that file.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            stream = open(descriptor, mode, closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+        if isinstance(stream, io.TextIOWrapper):  # not in a notebook, or if it is redirected
+            stream.reconfigure(errors="replace")
     try:
         yield
     finally:
-        for stream in sys.stdout, sys.stderr:
+        for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except OSError:  # it would fail again at exit, and change the exit status
+            except OSError:  # the flush at exit would fail, too, and change the exit status
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def progress_bar(*args, **kwargs):
-    """tqdm's bar on standard error if that is a terminal, else one that shows nothing."""
-    from tqdm import tqdm
+def read_text(path: str) -> str:
+    """Read a UTF-8 text without its byte order mark. The path "-" means standard input.
 
-    shown = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
-    return tqdm(*args, disable=not shown, **kwargs)
+    Raises ValueError if the text is not UTF-8.
+    """
+    name = "standard input" if path == "-" else path
+    if path != "-":
+        content = Path(path).read_bytes()
+    elif isinstance(sys.stdin, io.TextIOWrapper):
+        content = sys.stdin.buffer.read()
+    else:
+        content = sys.stdin.read().encode("utf-8", "surrogateescape")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def progress_bar(*args, **kwargs):
+    """Return a tqdm bar that is shown in a notebook and on a terminal, but not in a log file."""
+    if "ipykernel" in sys.modules:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # without ipywidgets, tqdm warns and shows plain text
+            from tqdm.auto import tqdm
+        is_shown = True
+    else:
+        from tqdm import tqdm
+
+        is_shown = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+    return tqdm(*args, disable=not is_shown, **kwargs)

@@ -66,8 +66,12 @@ def attention_weights(ids, params, n_head):
     """
     weights, n_seq = [], len(ids)
     for x, block in zip(hidden_states(ids, params, n_head), params["blocks"], strict=False):
-        qkv = linear(layer_norm(x, **block["ln_1"]), **block["attn"]["c_attn"])  # [n_seq, 3 * n_embd]
-        q, k, _ = qkv.reshape(n_seq, 3, n_head, -1).transpose(1, 2, 0, 3)  # [n_head, n_seq, d_head] each
+        qkv = linear(
+            layer_norm(x, **block["ln_1"]), **block["attn"]["c_attn"]
+        )  # [n_seq, 3 * n_embd]
+        q, k, _ = qkv.reshape(n_seq, 3, n_head, -1).transpose(
+            1, 2, 0, 3
+        )  # [n_head, n_seq, d_head] each
         scores = q / math.sqrt(q.shape[-1]) @ k.swapaxes(-1, -2)  # [n_head, n_seq, n_seq]
         weights.append(softmax(scores + causal_mask(n_seq, n_seq)))
     return np.stack(weights)
@@ -91,7 +95,9 @@ def read(text, encoder, params, n_head):
     logits = gpt2(ids, **params, n_head=n_head)
     if not np.isfinite(logits).all():
         raise ValueError("the logits are not finite: the parameters are damaged")
-    predictions = [prediction(row, target) for row, target in zip(logits, [*ids[1:], None], strict=True)]
+    predictions = [
+        prediction(row, target) for row, target in zip(logits, [*ids[1:], None], strict=True)
+    ]
     return {"ids": ids, "n_left_out": len(text_ids) - len(ids) + 1, "predictions": predictions}
 
 
@@ -107,7 +113,11 @@ def prediction(logits, target=None, n_likeliest=N_LIKELIEST):
     described = {"likeliest": likeliest.tolist(), "probs": np.exp(log_p[likeliest]).tolist()}
     if target is not None:
         rank = 1 + int((logits > logits[target]).sum())
-        described |= {"prob": float(np.exp(log_p[target])), "rank": rank, "bits": float(-log_p[target] / math.log(2))}
+        described |= {
+            "prob": float(np.exp(log_p[target])),
+            "rank": rank,
+            "bits": float(-log_p[target] / math.log(2)),
+        }
     return described
 
 
@@ -127,13 +137,17 @@ def visible(text, keep=""):
     keep: characters to leave as they are. Bytes are lone surrogates, as the error handler "surrogateescape" makes them.
     """
     characters = []
-    for character in regex.findall(r"\X", text):  # as people see them; an emoji may be several code points
+    for character in regex.findall(
+        r"\X", text
+    ):  # as people see them; an emoji may be several code points
         category = unicodedata.category(character[0])
         if category == "Cs":
             character = f"\\x{ord(character) - 0xDC00:02x}"
         elif character not in keep and (category in ("Cc", "Cf", "Zl", "Zp") or character == "\\"):
             character = character.encode("unicode_escape").decode()
-        characters.append("◌" * category.startswith("M") + character)  # an accent alone needs something to stand on
+        characters.append(
+            "◌" * category.startswith("M") + character
+        )  # an accent alone needs something to stand on
     return "".join(characters)
 
 
@@ -162,14 +176,21 @@ def groups(ids, encoder):
         group.append(piece)
         n_bytes += len(piece)
         if n_bytes in ends or i == len(pieces):
-            grouped.append((visible(b"".join(group).decode("utf-8", "replace"), keep="\n\t\\"), len(group)))
+            grouped.append(
+                (visible(b"".join(group).decode("utf-8", "replace"), keep="\n\t\\"), len(group))
+            )
             group = []
     return grouped
 
 
 # In the terminal
 
-RANKS = {10: 195, 100: 222, 1000: 209, math.inf: 176}  # up to this rank: this one of the 256 colours, pale to strong
+RANKS = {
+    10: 195,
+    100: 222,
+    1000: 209,
+    math.inf: 176,
+}  # up to this rank: this one of the 256 colours, pale to strong
 
 
 def painted(text, rank, colours):
@@ -190,7 +211,11 @@ def padded(text, width):
     """Cut or pad text to so many columns of a terminal, where a Chinese character or an emoji takes two."""
     columns = 0
     for i, character in enumerate(text):
-        columns += 0 if unicodedata.combining(character) else 1 + (unicodedata.east_asian_width(character) in "WF")
+        columns += (
+            0
+            if unicodedata.combining(character)
+            else 1 + (unicodedata.east_asian_width(character) in "WF")
+        )
         if columns > width - (i + 1 < len(text)):
             return padded(text[:i] + "…", width)
     return text + " " * (width - columns)
@@ -202,15 +227,23 @@ def terminal_view(reading, encoder, colours):
     lines = [""]
     if colours:
         names = "rank 1 to 10", "to 100", "to 1,000", "beyond"
-        legend = [painted(f" {name} ", limit, colours) for name, limit in zip(names, RANKS, strict=True)]
+        legend = [
+            painted(f" {name} ", limit, colours) for name, limit in zip(names, RANKS, strict=True)
+        ]
         lines = [" ".join(legend), ""]
     ranks = iter([each["rank"] for each in predictions])
     for text, n_tokens in groups(reading["ids"][1:], encoder):
         lines[-1] += painted(text, max(itertools.islice(ranks, n_tokens)), colours)
     lines += ["", f"{'Most surprising':<24}{'probability':>12}{'rank':>8}   expected instead"]
-    surprising = sorted(zip(predictions, reading["ids"][1:], strict=True), key=lambda pair: -pair[0]["bits"])
+    surprising = sorted(
+        zip(predictions, reading["ids"][1:], strict=True), key=lambda pair: -pair[0]["bits"]
+    )
     for each, token_id in surprising[:N_LIKELIEST]:
-        expected = f"{label(each['likeliest'][0], encoder)}  {percent(each['probs'][0])}" if each["rank"] > 1 else ""
+        expected = (
+            f"{label(each['likeliest'][0], encoder)}  {percent(each['probs'][0])}"
+            if each["rank"] > 1
+            else ""
+        )
         numbers = f"{percent(each['prob']):>12}{each['rank']:>8,}"
         lines.append(f"  {padded(label(token_id, encoder), 22)}{numbers}   {expected}".rstrip())
     lines += ["", "Likeliest next"]
@@ -230,9 +263,15 @@ def summary(reading, encoder):
 def table(reading, encoder):
     """Return one line per token, tab-separated: position, token, probability, rank, the three likeliest tokens."""
     lines = []
-    for i, (token_id, each) in enumerate(zip(reading["ids"][1:], reading["predictions"], strict=False), 1):
-        token, *likeliest = (token_text(some_id, encoder) for some_id in (token_id, *each["likeliest"][:3]))
-        lines.append("\t".join([str(i), token, f"{each['prob']:.6g}", str(each["rank"]), *likeliest]))
+    for i, (token_id, each) in enumerate(
+        zip(reading["ids"][1:], reading["predictions"], strict=False), 1
+    ):
+        token, *likeliest = (
+            token_text(some_id, encoder) for some_id in (token_id, *each["likeliest"][:3])
+        )
+        lines.append(
+            "\t".join([str(i), token, f"{each['prob']:.6g}", str(each["rank"]), *likeliest])
+        )
     return "\n".join(lines)
 
 
@@ -244,10 +283,22 @@ def page(reading, model_size, encoder, params, n_head):
     ids = reading["ids"]
     n_tokens, perplexity, bits_per_byte = figures(reading, encoder)
     lens = lens_columns(ids, params, n_head)
-    shown = {*ids, *(i for each in [*reading["predictions"], *itertools.chain(*lens)] for i in each["likeliest"])}
+    shown = {
+        *ids,
+        *(
+            i
+            for each in [*reading["predictions"], *itertools.chain(*lens)]
+            for i in each["likeliest"]
+        ),
+    }
     n_ctx, n_embd = params["wpe"].shape
     data = {
-        "model": {"name": model_size, "n_layer": len(params["blocks"]), "n_head": n_head, "n_embd": n_embd}
+        "model": {
+            "name": model_size,
+            "n_layer": len(params["blocks"]),
+            "n_head": n_head,
+            "n_embd": n_embd,
+        }
         | {"n_ctx": n_ctx, "n_vocab": len(params["wte"]), "n_params": count_parameters(params)},
         "figures": {"n_tokens": n_tokens, "perplexity": perplexity, "bits_per_byte": bits_per_byte},
         "n_left_out": reading["n_left_out"],
@@ -256,7 +307,9 @@ def page(reading, model_size, encoder, params, n_head):
         "groups": groups(ids[1:], encoder),
         "predictions": reading["predictions"],
         "lens": lens,
-        "attention": packed_attention(ids, params, n_head) if n_tokens <= MAX_ATTENTION_TOKENS else None,
+        "attention": packed_attention(ids, params, n_head)
+        if n_tokens <= MAX_ATTENTION_TOKENS
+        else None,
         "max_attention_tokens": MAX_ATTENTION_TOKENS,
     }
     return filled_template(TEMPLATE.read_text(encoding="utf-8"), data)
@@ -266,7 +319,10 @@ def lens_columns(ids, params, n_head):
     """Return what each layer predicts after each token -> for each layer a list of `prediction`s."""
     targets = [*ids[1:], None]
     return [
-        [prediction(row, target, N_LENS) for row, target in zip(unembed(x, params), targets, strict=True)]
+        [
+            prediction(row, target, N_LENS)
+            for row, target in zip(unembed(x, params), targets, strict=True)
+        ]
         for x in hidden_states(ids, params, n_head)
     ]
 
@@ -331,9 +387,15 @@ def parse_arguments(arguments):
         "likeliest tokens. Colours are used on a terminal only, and not if NO_COLOR is set.",
         allow_abbrev=False,
     )
-    parser.add_argument("text", metavar="TEXT", help="the text, in quotes; - reads it from standard input")
-    parser.add_argument("--model_size", default="124M", help="a published size or a folder in models_dir (124M)")
-    parser.add_argument("--models_dir", default="models", help="the folder that holds the models (models)")
+    parser.add_argument(
+        "text", metavar="TEXT", help="the text, in quotes; - reads it from standard input"
+    )
+    parser.add_argument(
+        "--model_size", default="124M", help="a published size or a folder in models_dir (124M)"
+    )
+    parser.add_argument(
+        "--models_dir", default="models", help="the folder that holds the models (models)"
+    )
     parser.add_argument("--html", metavar="FILE", help="write a page for the browser instead")
 
     def fail(message):
@@ -343,7 +405,9 @@ def parse_arguments(arguments):
     return parser.parse_args(arguments)
 
 
-@np.errstate(over="ignore", invalid="ignore")  # damaged parameters give one error, not many warnings
+@np.errstate(
+    over="ignore", invalid="ignore"
+)  # damaged parameters give one error, not many warnings
 def run(options):
     """Do what the command line asks."""
     from utils import load_encoder_hparams_and_params
@@ -352,13 +416,19 @@ def run(options):
         text = re.sub("\r?\n\\Z", "", sys.stdin.buffer.read().decode("utf-8"))
     else:
         text = os.fsencode(options.text).decode("utf-8")
-    encoder, hparams, params = load_encoder_hparams_and_params(options.model_size, options.models_dir)
+    encoder, hparams, params = load_encoder_hparams_and_params(
+        options.model_size, options.models_dir
+    )
     reading = read(text, encoder, params, hparams["n_head"])
     if reading["n_left_out"]:
         n_tokens, n_left_out = len(reading["ids"]) - 1, reading["n_left_out"]
-        complain(f"only the first {n_tokens:,} tokens fit into the context; {n_left_out:,} are left out")
+        complain(
+            f"only the first {n_tokens:,} tokens fit into the context; {n_left_out:,} are left out"
+        )
     if options.html is not None:
-        write_whole(options.html, page(reading, options.model_size, encoder, params, hparams["n_head"]))
+        write_whole(
+            options.html, page(reading, options.model_size, encoder, params, hparams["n_head"])
+        )
         print(f"{options.html}: {summary(reading, encoder)}")
     elif sys.stdout.isatty():
         print(terminal_view(reading, encoder, colours=not os.environ.get("NO_COLOR")))

@@ -66,11 +66,18 @@ import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 
-THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+THREAD_VARIABLES = (
+    "OPENBLAS_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
 if __name__ == "__main__":
     # Each thread computes its own batch, because much of NumPy uses one thread only. So the BLAS needs no more threads.
     # It reads these variables when NumPy is imported.
-    n_threads_wanted = next((n for n in map(os.environ.get, THREAD_VARIABLES) if n and n.isdecimal()), None)
+    n_threads_wanted = next(
+        (n for n in map(os.environ.get, THREAD_VARIABLES) if n and n.isdecimal()), None
+    )
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
 
 import numpy as np  # noqa: E402
@@ -79,7 +86,10 @@ import gpt2  # noqa: E402
 from utils import load_encoder_hparams_and_params, progress_bar  # noqa: E402
 
 BATCH_ROWS = 512  # tokens of a batch, padding included: fewer are slower, more need more memory and are no faster
-WINDOW_TEXTS, WINDOW_BYTES = 2048, 1 << 18  # texts are sorted by length within so many lines of the input
+WINDOW_TEXTS, WINDOW_BYTES = (
+    2048,
+    1 << 18,
+)  # texts are sorted by length within so many lines of the input
 BLOCK_ROWS = 32  # rows of logits for the softmax: they stay in the CPU's cache
 OUR_FIELDS = ("n_tokens", "nats", "perplexity", "bits_per_byte", "error")
 CONNECT_SECONDS = 10
@@ -134,8 +144,14 @@ def parse(line: bytes, field: str | None) -> tuple[dict, str | None]:
         document = json.loads(text)
         if not isinstance(document, dict):
             raise ValueError("the line is not a JSON object")
-        others = {name: value for name, value in document.items() if name != field and name not in OUR_FIELDS}
-        json.dumps(others, allow_nan=False)  # Python reads NaN, and 1e999 as infinity, but JSON has neither
+        others = {
+            name: value
+            for name, value in document.items()
+            if name != field and name not in OUR_FIELDS
+        }
+        json.dumps(
+            others, allow_nan=False
+        )  # Python reads NaN, and 1e999 as infinity, but JSON has neither
         fields = others
         if field not in document:
             raise ValueError(f"no field {json.dumps(field)}")
@@ -157,8 +173,16 @@ def to_text(number: int, end: int, line: bytes, field: str | None, encoder) -> T
     if text is None:
         return Text(number, end, json.dumps(fields)[:-1], [])
     ids = [encoder.encoder["<|endoftext|>"], *encoder.encode(text)]
-    figures = {"n_tokens": len(ids) - 1} | ({} if text else {"nats": 0.0, "perplexity": None, "bits_per_byte": None})
-    return Text(number, end, json.dumps(fields | figures)[:-1], ids, len(text.encode("utf-8", "surrogatepass")))
+    figures = {"n_tokens": len(ids) - 1} | (
+        {} if text else {"nats": 0.0, "perplexity": None, "bits_per_byte": None}
+    )
+    return Text(
+        number,
+        end,
+        json.dumps(fields | figures)[:-1],
+        ids,
+        len(text.encode("utf-8", "surrogatepass")),
+    )
 
 
 def windows(lines):
@@ -190,7 +214,9 @@ def batches(texts: list[Text], n_ctx: int):
 
     A text longer than the context is alone.
     """
-    texts = sorted((text for text in texts if text.n_bytes), key=lambda text: len(text.ids), reverse=True)
+    texts = sorted(
+        (text for text in texts if text.n_bytes), key=lambda text: len(text.ids), reverse=True
+    )
     start = 0
     while start < len(texts):
         longest = len(texts[start].ids) - 1
@@ -212,11 +238,15 @@ def score(batch: list[list[int]], model_size: str, models_dir: str) -> list[floa
     if len(batch) == 1:
         nats = [-gpt2.log_probs(batch[0], params, hparams["n_head"]).sum(dtype=np.float64)]
     else:
-        padded = np.zeros((len(batch), max(map(len, batch))), np.int64)  # on the right, where nothing depends on it
+        padded = np.zeros(
+            (len(batch), max(map(len, batch))), np.int64
+        )  # on the right, where nothing depends on it
         for row, ids in zip(padded, batch, strict=True):
             row[: len(ids)] = ids
         logits = gpt2.gpt2(padded[:, :-1], **params, n_head=hparams["n_head"])
-        nats = [sum_of_nats(rows, np.array(ids[1:])) for rows, ids in zip(logits, batch, strict=True)]
+        nats = [
+            sum_of_nats(rows, np.array(ids[1:])) for rows, ids in zip(logits, batch, strict=True)
+        ]
     if not np.isfinite(nats).all():
         raise ValueError("the logits are not finite: the parameters are damaged")
     return [float(each) for each in nats]
@@ -291,12 +321,16 @@ def dask_workers(n_workers: int | None, scheduler: str | None, n_threads: int):
     logging.disable()  # Dask logs tracebacks; one line is enough
     # Dask's default also makes malloc return memory at once: a batch would take a quarter longer.
     dask.config.set({"distributed.nanny.pre-spawn-environ": dict.fromkeys(THREAD_VARIABLES, 1)})
-    dask.config.set({"distributed.worker.profile.enabled": False, "distributed.scheduler.allowed-failures": 20})
+    dask.config.set(
+        {"distributed.worker.profile.enabled": False, "distributed.scheduler.allowed-failures": 20}
+    )
     local = {
         "n_workers": n_workers,
         "threads_per_worker": max(1, n_threads // (n_workers or 1)),
         "memory_limit": 0,  # the mapped checkpoint would count for each worker
-        "preload": ["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"],  # Ctrl-C is for this process
+        "preload": [
+            "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+        ],  # Ctrl-C is for this process
         "dashboard_address": "127.0.0.1:0",  # any free port
         "silence_logs": "CRITICAL",
     }
@@ -358,7 +392,9 @@ def belongs(line: bytes, text: Text) -> bool:
     if line == text.line().encode():
         return True
     try:
-        return line.startswith(head) and abs(json.loads(line)["nats"] - text.nats) < 1e-3 * len(text.ids)
+        return line.startswith(head) and abs(json.loads(line)["nats"] - text.nats) < 1e-3 * len(
+            text.ids
+        )
     except (ValueError, TypeError, KeyError):
         return False
 
@@ -367,7 +403,9 @@ def write(texts, file, written: Written, bar) -> tuple[int, int]:
     """Write the lines that are missing -> (number of texts, number of errors), with those of earlier runs."""
     n_texts, n_errors, n_tokens, start = 0, written.n_errors, 0, time.monotonic()
     for text in texts:
-        expected = {written.n_lines - 1: written.last, written.n_lines: written.torn}.get(text.number)
+        expected = {written.n_lines - 1: written.last, written.n_lines: written.torn}.get(
+            text.number
+        )
         if expected and not belongs(expected, text):
             raise ValueError(
                 f"line {text.number + 1} of the output is for another input or model: use another --output"
@@ -382,7 +420,10 @@ def write(texts, file, written: Written, bar) -> tuple[int, int]:
         file.flush()
         n_tokens += max(0, len(text.ids) - 1)
         n_errors += not text.ids
-        bar.set_postfix_str(f"{n_texts:,} texts, {n_tokens / (time.monotonic() - start):,.0f} tokens/s", refresh=False)
+        bar.set_postfix_str(
+            f"{n_texts:,} texts, {n_tokens / (time.monotonic() - start):,.0f} tokens/s",
+            refresh=False,
+        )
         bar.update(text.end - bar.n)
     if n_texts < written.n_lines + bool(written.torn):
         raise ValueError("the output has more lines than the input: use another --output")
@@ -394,16 +435,34 @@ def write(texts, file, written: Written, bar) -> tuple[int, int]:
 
 def parse_arguments(arguments):
     summary = "Score every text of a corpus with GPT-2. The beginning of this file describes input and output."
-    parser = argparse.ArgumentParser("python -m examples.score", description=summary, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"score.py: {message} (--help lists the options)\n")
-    parser.add_argument("input", help="JSON Lines, or plain text with one text per line; - is standard input")
-    parser.add_argument("--output", default="-", help="continued if it exists; - (the default) is standard output")
+    parser = argparse.ArgumentParser(
+        "python -m examples.score", description=summary, allow_abbrev=False
+    )
+    parser.error = lambda message: parser.exit(
+        2, f"score.py: {message} (--help lists the options)\n"
+    )
+    parser.add_argument(
+        "input", help="JSON Lines, or plain text with one text per line; - is standard input"
+    )
+    parser.add_argument(
+        "--output", default="-", help="continued if it exists; - (the default) is standard output"
+    )
     parser.add_argument("--field", help='the field of the text in JSON Lines (default: "text")')
-    parser.add_argument("--model_size", default="124M", help="the model's folder in models_dir (default: 124M)")
-    parser.add_argument("--models_dir", default="models", help="the folder of the models (default: models)")
+    parser.add_argument(
+        "--model_size", default="124M", help="the model's folder in models_dir (default: 124M)"
+    )
+    parser.add_argument(
+        "--models_dir", default="models", help="the folder of the models (default: models)"
+    )
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--workers", type=int, metavar="N", help="start N local processes (needs Dask)")
-    group.add_argument("--scheduler", metavar="ADDRESS", help="use the workers of a Dask scheduler, tcp://host:8786")
+    group.add_argument(
+        "--workers", type=int, metavar="N", help="start N local processes (needs Dask)"
+    )
+    group.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="use the workers of a Dask scheduler, tcp://host:8786",
+    )
     options = parser.parse_args(arguments)
     if options.workers is not None and options.workers < 1:
         parser.error(f"--workers must be 1 or more, got {options.workers}")
@@ -416,23 +475,39 @@ def n_cores() -> int:
 
 def complain(message):
     with contextlib.suppress(OSError):
-        print("score.py:", " ".join(str(message).split("\n")) or "out of memory", file=sys.stderr, flush=True)
+        print(
+            "score.py:",
+            " ".join(str(message).split("\n")) or "out of memory",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def run(options, n_threads: int) -> tuple[int, int]:
     """Score the input -> (number of texts, number of errors)."""
-    model = options.model_size, os.path.abspath(options.models_dir)  # workers may run in another folder
+    model = (
+        options.model_size,
+        os.path.abspath(options.models_dir),
+    )  # workers may run in another folder
     encoder, hparams, _ = load(*model)
     if "<|endoftext|>" not in encoder.encoder:
         raise ValueError("the vocabulary has no <|endoftext|>, which goes before each text")
     is_distributed = options.workers or options.scheduler
-    workers = dask_workers(options.workers, options.scheduler, n_threads) if is_distributed else threads(n_threads)
+    workers = (
+        dask_workers(options.workers, options.scheduler, n_threads)
+        if is_distributed
+        else threads(n_threads)
+    )
     from_stdin, to_stdout = options.input == "-", options.output == "-"
     written = Written() if to_stdout else read_written(options.output)
     first = max(0, written.n_lines - 1)  # the last line is scored again, to compare
     with (
-        contextlib.nullcontext(sys.stdin.buffer) if from_stdin else open(options.input, "rb") as file,
-        contextlib.nullcontext(sys.stdout.buffer) if to_stdout else open(options.output, "ab") as output,
+        contextlib.nullcontext(sys.stdin.buffer)
+        if from_stdin
+        else open(options.input, "rb") as file,
+        contextlib.nullcontext(sys.stdout.buffer)
+        if to_stdout
+        else open(options.output, "ab") as output,
         workers as (submit, count_slots),
         progress_bar(
             total=None if from_stdin else os.path.getsize(options.input) or None,
@@ -448,7 +523,9 @@ def run(options, n_threads: int) -> tuple[int, int]:
             for window in windows(number_lines(file, first_line))
             if window[-1][0] >= first
         )
-        texts = scored_texts(text_windows, lambda ids: submit(ids, *model), count_slots, hparams["n_ctx"], first)
+        texts = scored_texts(
+            text_windows, lambda ids: submit(ids, *model), count_slots, hparams["n_ctx"], first
+        )
         return write(texts, output, written, bar)
 
 
@@ -458,7 +535,9 @@ def main(arguments=None, n_threads: int = 1) -> int:
     try:
         n_texts, n_errors = run(options, n_threads)
     except KeyboardInterrupt:
-        complain("interrupted; the same command continues" if options.output != "-" else "interrupted")
+        complain(
+            "interrupted; the same command continues" if options.output != "-" else "interrupted"
+        )
         return 130
     except (OSError, ValueError, ImportError, MemoryError) as error:
         complain(error)
@@ -469,4 +548,6 @@ def main(arguments=None, n_threads: int = 1) -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main(None, int(n_threads_wanted or 0) or n_cores()))  # do not wait for batches that nobody needs
+    os._exit(
+        main(None, int(n_threads_wanted or 0) or n_cores())
+    )  # do not wait for batches that nobody needs

@@ -70,7 +70,9 @@ def train_bpe(text, n_merges):
         # Among equal counts take the smallest pair, so that the same text always gives the same vocabulary.
         pair = min(counts, key=lambda pair: (-counts[pair], pair), default=None)
         if counts[pair] < 2:
-            sys.exit(f"the text is too small for this vocabulary: --n_vocab can be at most {len(merges) + 257}")
+            sys.exit(
+                f"the text is too small for this vocabulary: --n_vocab can be at most {len(merges) + 257}"
+            )
         merges.append(pair)
         for word in words_with.pop(pair):
             count_pairs(word, -1)
@@ -91,7 +93,11 @@ class Tokenizer:
         """The ids of one word. skip: the probability of leaving out a merge (BPE-dropout, Provilkov et al., 2020)."""
         symbols = [BYTE_CHARS[byte] for byte in word.encode("utf-8")]
         while True:
-            pairs = [pair for pair in itertools.pairwise(symbols) if pair in self.ranks and random.random() >= skip]
+            pairs = [
+                pair
+                for pair in itertools.pairwise(symbols)
+                if pair in self.ranks and random.random() >= skip
+            ]
             if not pairs:
                 return [self.ids[symbol] for symbol in symbols]
             symbols = merge(symbols, min(pairs, key=self.ranks.get))
@@ -159,12 +165,20 @@ def gpt2(ids, weights, hparams, dropout=0.0):
     def drop(x):
         return tf.nn.dropout(x, dropout) if dropout else x
 
-    x = drop(tf.gather(weights["model/wte"], ids) + weights["model/wpe"][: ids.shape[1]])  # [B, T, C]
+    x = drop(
+        tf.gather(weights["model/wte"], ids) + weights["model/wpe"][: ids.shape[1]]
+    )  # [B, T, C]
     for block in (f"model/h{n}" for n in range(hparams["n_layer"])):
-        x += drop(attention(layer_norm(x, weights, f"{block}/ln_1"), weights, f"{block}/attn", hparams["n_head"]))
+        x += drop(
+            attention(
+                layer_norm(x, weights, f"{block}/ln_1"), weights, f"{block}/attn", hparams["n_head"]
+            )
+        )
         hidden = gelu(linear(layer_norm(x, weights, f"{block}/ln_2"), weights, f"{block}/mlp/c_fc"))
         x += drop(linear(hidden, weights, f"{block}/mlp/c_proj"))
-    return tf.tensordot(layer_norm(x, weights, "model/ln_f"), tf.transpose(weights["model/wte"]), 1)  # [B, T, V]
+    return tf.tensordot(
+        layer_norm(x, weights, "model/ln_f"), tf.transpose(weights["model/wte"]), 1
+    )  # [B, T, V]
 
 
 def summed_loss(windows, weights, hparams, dropout=0.0):
@@ -189,8 +203,12 @@ def train(text, held_out_ids, tokenizer, hparams, args):
     """Return the weights that predict held_out_ids best, and their loss in nats per token."""
     n_ctx, rng = args.n_ctx, np.random.default_rng(args.seed)
     start = initial_weights(hparams, rng)
-    weights, average = ({name: tf.Variable(value) for name, value in start.items()} for _ in range(2))
-    mean, square = ({name: tf.Variable(0 * value) for name, value in start.items()} for _ in range(2))
+    weights, average = (
+        {name: tf.Variable(value) for name, value in start.items()} for _ in range(2)
+    )
+    mean, square = (
+        {name: tf.Variable(0 * value) for name, value in start.items()} for _ in range(2)
+    )
 
     # A compiled step takes a quarter less time, but the compilation takes longer than a few steps.
     @tf.function(jit_compile=args.steps >= 100)
@@ -199,11 +217,17 @@ def train(text, held_out_ids, tokenizer, hparams, args):
             loss = summed_loss(windows, weights, hparams, args.dropout) / (args.batch * n_ctx)
         gradients, _ = tf.clip_by_global_norm(tape.gradient(loss, list(weights.values())), 1.0)
         warm_up = args.steps / 20
-        rate = args.learning_rate * tf.minimum(step / warm_up, 0.5 + 0.5 * tf.cos(math.pi * step / args.steps))
-        for name, gradient in zip(weights, gradients, strict=True):  # AdamW (Loshchilov & Hutter, 2019)
+        rate = args.learning_rate * tf.minimum(
+            step / warm_up, 0.5 + 0.5 * tf.cos(math.pi * step / args.steps)
+        )
+        for name, gradient in zip(
+            weights, gradients, strict=True
+        ):  # AdamW (Loshchilov & Hutter, 2019)
             mean[name].assign(0.9 * mean[name] + 0.1 * gradient)
             square[name].assign(0.99 * square[name] + 0.01 * gradient * gradient)
-            update = mean[name] / (1 - 0.9**step) / (tf.sqrt(square[name] / (1 - 0.99**step)) + 1e-8)
+            update = (
+                mean[name] / (1 - 0.9**step) / (tf.sqrt(square[name] / (1 - 0.99**step)) + 1e-8)
+            )
             decay = args.weight_decay if weights[name].shape.rank > 1 else 0.0
             weights[name].assign_sub(rate * (update + decay * weights[name]))
             # The average over about the last 100 steps predicts better than the weights of any single step.
@@ -220,7 +244,9 @@ def train(text, held_out_ids, tokenizer, hparams, args):
             batch = np.stack(list(itertools.islice(windows, args.batch)))
             recent.append(train_step(tf.constant(batch), tf.constant(step, tf.float32)))
             if step % math.ceil(args.steps / 15) == 0 or step == args.steps:
-                loss = sum(float(window_loss(window)) for window in held_out_windows) / (len(held_out_ids) - 1)
+                loss = sum(float(window_loss(window)) for window in held_out_windows) / (
+                    len(held_out_ids) - 1
+                )
                 bar.set_postfix(train=f"{np.mean(recent):.3f}", held_out=f"{loss:.4f}")
                 recent = []
                 if loss < best_loss:
@@ -232,15 +258,22 @@ def train(text, held_out_ids, tokenizer, hparams, args):
 
 def save(model_dir, weights, tokenizer, hparams):
     """Write the seven files in OpenAI's layout. model_dir appears only when it is complete."""
-    with tempfile.TemporaryDirectory(dir=model_dir.parent, prefix=f".{model_dir.name}-") as temporary:
+    with tempfile.TemporaryDirectory(
+        dir=model_dir.parent, prefix=f".{model_dir.name}-"
+    ) as temporary:
         files = Path(temporary) / model_dir.name
         files.mkdir()
         with tf.Graph().as_default(), tf.compat.v1.Session() as session:
             for name, value in weights.items():
                 # Feed the weights: as constants of the graph they would also be stored in model.ckpt.meta.
-                variable, fed = tf.compat.v1.get_variable(name, value.shape), tf.compat.v1.placeholder(tf.float32)
+                variable, fed = (
+                    tf.compat.v1.get_variable(name, value.shape),
+                    tf.compat.v1.placeholder(tf.float32),
+                )
                 session.run(variable.assign(fed), {fed: value})
-            tf.compat.v1.train.Saver(save_relative_paths=True).save(session, str(files / "model.ckpt"))
+            tf.compat.v1.train.Saver(save_relative_paths=True).save(
+                session, str(files / "model.ckpt")
+            )
         merges = "".join(f"{left} {right}\n" for left, right in tokenizer.ranks)
         (files / "vocab.bpe").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
         (files / "encoder.json").write_text(json.dumps(tokenizer.ids))
@@ -269,7 +302,9 @@ def ngram_bits_per_byte(train, held_out, n_given, order=5):
         for n, counts, total, kinds, discount in levels:
             gram = held_out[end - n : end] if n <= end else None
             if gram and total[gram[:-1]]:
-                p = (max(counts[gram] - discount, 0) + discount * kinds[gram[:-1]] * p) / total[gram[:-1]]
+                p = (max(counts[gram] - discount, 0) + discount * kinds[gram[:-1]] * p) / total[
+                    gram[:-1]
+                ]
         bits -= math.log2(p)
     return bits / (len(held_out) - n_given)
 
@@ -286,7 +321,8 @@ def continue_greedily(ids, n_tokens, weights, hparams):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("text", type=Path, help="a UTF-8 text file")
     parser.add_argument("model_dir", type=Path, help="the folder to create")
@@ -337,7 +373,9 @@ def main():
     tokenizer = Tokenizer(train_bpe(text, args.n_vocab - 257))
     ids, held_out_ids = tokenizer.encode(text), tokenizer.encode(held_out)
     if len(ids) <= args.n_ctx or len(held_out_ids) < 2:
-        sys.exit(f"{args.text} is too small: {len(ids)} tokens to train on, {len(held_out_ids)} held out")
+        sys.exit(
+            f"{args.text} is too small: {len(ids)} tokens to train on, {len(held_out_ids)} held out"
+        )
     print(f"{len(ids)} tokens to train on, {len(held_out_ids)} held out")
 
     # Import TensorFlow only now: it takes seconds, and its log would hide the messages above.
@@ -345,7 +383,9 @@ def main():
     import tensorflow as tf
 
     tf.keras.utils.set_random_seed(args.seed)
-    hparams = {name: getattr(args, name) for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")}
+    hparams = {
+        name: getattr(args, name) for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+    }
     started = time.perf_counter()
     weights, loss = train(text, held_out_ids, tokenizer, hparams, args)
     minutes = (time.perf_counter() - started) / 60
@@ -361,7 +401,11 @@ def main():
     print(f"parameters               {sum(value.size for value in weights.values())}")
     print(f"training time            {minutes:.1f} minutes")
     print("greedy continuation of the first words:")
-    print(tokenizer.decode(continue_greedily(prompt, 60, weights, hparams)).decode("utf-8", errors="replace"))
+    print(
+        tokenizer.decode(continue_greedily(prompt, 60, weights, hparams)).decode(
+            "utf-8", errors="replace"
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -49,9 +49,22 @@ SIZES = {
     "1558M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1600, "n_head": 25, "n_layer": 48},
 }
 QUICK = {"n_vocab": 269, "n_ctx": 128, "n_embd": 64, "n_head": 4, "n_layer": 2}
-PACKAGES = {"llama.cpp": "llama-cpp-python gguf", "transformers": "torch transformers", "tiktoken": "tiktoken"}
-MODULES = {"llama.cpp": ("llama_cpp", "gguf"), "transformers": ("torch", "transformers"), "tiktoken": ("tiktoken",)}
-COLORS = {"npGPT": "#2a7f4f", "llama.cpp": "#8a9bb0", "transformers": "#e0a33e", "picoGPT": "#b5523b"}
+PACKAGES = {
+    "llama.cpp": "llama-cpp-python gguf",
+    "transformers": "torch transformers",
+    "tiktoken": "tiktoken",
+}
+MODULES = {
+    "llama.cpp": ("llama_cpp", "gguf"),
+    "transformers": ("torch", "transformers"),
+    "tiktoken": ("tiktoken",),
+}
+COLORS = {
+    "npGPT": "#2a7f4f",
+    "llama.cpp": "#8a9bb0",
+    "transformers": "#e0a33e",
+    "picoGPT": "#b5523b",
+}
 N_TOKENS = 40  # of a whole command
 SHORT_TEXTS = "scoring texts of 20 to 300 tokens"
 
@@ -76,11 +89,15 @@ class NpGPT:
         from utils import load_encoder_hparams_and_params
 
         self.gpt2 = gpt2
-        _, self.hparams, self.params = load_encoder_hparams_and_params(model_dir.name, str(model_dir.parent))
+        _, self.hparams, self.params = load_encoder_hparams_and_params(
+            model_dir.name, str(model_dir.parent)
+        )
         self.n_head = self.hparams["n_head"]
 
     def prompt(self, ids):
-        self.ids = self.gpt2.stream(ids, self.params, self.n_head, self.hparams["n_ctx"] - len(ids) + 1)
+        self.ids = self.gpt2.stream(
+            ids, self.params, self.n_head, self.hparams["n_ctx"] - len(ids) + 1
+        )
         next(self.ids)
 
     def step(self):
@@ -91,13 +108,18 @@ class NpGPT:
 
     def samples(self, n_samples, n):
         """Seconds per token while n_samples samples are generated at once."""
-        rows = self.gpt2.stream(list(range(10)), self.params, self.n_head, n + 1, n_samples=n_samples)
+        rows = self.gpt2.stream(
+            list(range(10)), self.params, self.n_head, n + 1, n_samples=n_samples
+        )
         next(rows)
         return [timed(lambda: next(rows)) / n_samples for _ in range(n)]
 
     def products(self):
         """A function that computes only the matrix-vector products of one token. It reads every weight once."""
-        vectors = {n: np.ones((1, n), np.float32) for n in (self.hparams["n_embd"], 4 * self.hparams["n_embd"])}
+        vectors = {
+            n: np.ones((1, n), np.float32)
+            for n in (self.hparams["n_embd"], 4 * self.hparams["n_embd"])
+        }
         matrices = [self.params["wte"].T]
         for block in self.params["blocks"]:
             matrices += [block[part][name]["w"] for part in ("attn", "mlp") for name in block[part]]
@@ -115,7 +137,9 @@ class PicoGPT:
     def __init__(self, model_dir, threads, picogpt):
         from utils import load_encoder_hparams_and_params
 
-        _, hparams, self.params = load_encoder_hparams_and_params(model_dir.name, str(model_dir.parent))
+        _, hparams, self.params = load_encoder_hparams_and_params(
+            model_dir.name, str(model_dir.parent)
+        )
         self.n_head = hparams["n_head"]
         specification = importlib.util.spec_from_file_location("picogpt", Path(picogpt) / "gpt2.py")
         self.picogpt = importlib.util.module_from_spec(specification)
@@ -146,7 +170,10 @@ class Transformers:
 
     def advance(self, ids):
         output = self.model(ids, past_key_values=self.past, use_cache=True, logits_to_keep=1)
-        self.past, self.next_id = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+        self.past, self.next_id = (
+            output.past_key_values,
+            output.logits[:, -1].argmax(-1, keepdim=True),
+        )
 
     def step(self):
         self.advance(self.next_id)
@@ -162,7 +189,9 @@ class LlamaCpp:
 
         n_ctx = json.loads((model_dir / "hparams.json").read_text())["n_ctx"]
         path = str(model_dir / "model.gguf")
-        self.model = Llama(path, n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, verbose=False)
+        self.model = Llama(
+            path, n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
 
     def prompt(self, ids):
         self.model.reset()
@@ -217,9 +246,19 @@ class Worker:
     """The process of one program, which answers one request at a time."""
 
     def __init__(self, program, model_dir, args):
-        command = [sys.executable, __file__, "--worker", program, str(model_dir), "--threads", str(args.threads)]
+        command = [
+            sys.executable,
+            __file__,
+            "--worker",
+            program,
+            str(model_dir),
+            "--threads",
+            str(args.threads),
+        ]
         command += ["--picogpt", str(args.picogpt)] if args.picogpt else []
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         if self.process.stdout.readline() != "ready\n":
             raise SystemExit(f"{program} did not start")
 
@@ -264,7 +303,9 @@ def convert_for_llama_cpp(model_dir, hparams, variables):
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(list(tokens))
-    writer.add_token_types([gguf.TokenType.CONTROL if t == "<|endoftext|>" else gguf.TokenType.NORMAL for t in tokens])
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL if t == "<|endoftext|>" else gguf.TokenType.NORMAL for t in tokens]
+    )
     writer.add_token_merges((model_dir / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1])
     writer.add_eos_token_id(tokens["<|endoftext|>"])
     names = {"wte": "token_embd.weight", "wpe": "position_embd.weight"}
@@ -300,7 +341,9 @@ def prepare(folder, size, hparams, model_dir, programs):
         for path in model_dir.iterdir():
             (target / path.name).symlink_to(path.resolve())
     else:
-        write_model(target, hparams, merges=gpt2_merges() if hparams["n_vocab"] == 50257 else SMALL_MERGES)
+        write_model(
+            target, hparams, merges=gpt2_merges() if hparams["n_vocab"] == 50257 else SMALL_MERGES
+        )
     if {"transformers", "llama.cpp"} & set(programs):
         variables = checkpoint_variables(target) if model_dir else random_variables(hparams)
         if "transformers" in programs:
@@ -310,7 +353,9 @@ def prepare(folder, size, hparams, model_dir, programs):
     if "picoGPT" in programs:  # it loads only models with a published name
         (target / "picoGPT").mkdir()
         (target / "picoGPT" / "124M").symlink_to(target)
-    run_command([sys.executable, str(ROOT / "gpt2.py"), "a", "1", target.name, str(target.parent)], 2)  # the first load
+    run_command(
+        [sys.executable, str(ROOT / "gpt2.py"), "a", "1", target.name, str(target.parent)], 2
+    )  # the first load
     return target
 
 
@@ -352,7 +397,14 @@ print(tokenizer.decode(out[0, ids.shape[1]:]))
 
 def command_of(program, model_dir, args):
     if program == "npGPT":
-        return [sys.executable, str(ROOT / "gpt2.py"), PROMPT, str(N_TOKENS), model_dir.name, str(model_dir.parent)]
+        return [
+            sys.executable,
+            str(ROOT / "gpt2.py"),
+            PROMPT,
+            str(N_TOKENS),
+            model_dir.name,
+            str(model_dir.parent),
+        ]
     if program == "picoGPT":
         script = str(args.picogpt.resolve() / "gpt2.py")
         return [sys.executable, script, PROMPT, str(N_TOKENS), "124M", str(model_dir / "picoGPT")]
@@ -361,14 +413,18 @@ def command_of(program, model_dir, args):
 
 
 def thread_variables(threads):
-    return dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    return dict.fromkeys(
+        ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)
+    )
 
 
 def run_command(command, threads):
     """Run the command -> (seconds, peak memory in MB)."""
     environment = os.environ | thread_variables(threads) | {"HF_HUB_OFFLINE": "1"}
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+    )
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -408,7 +464,9 @@ class Figures:
 
         lines = ["| what | npGPT | others | ratio |", "|---|---|---|---|"]
         for what in dict.fromkeys(row["what"] for row in self.rows):
-            ours, *others = sorted((r for r in self.rows if r["what"] == what), key=lambda row: row["who"] != "npGPT")
+            ours, *others = sorted(
+                (r for r in self.rows if r["what"] == what), key=lambda row: row["who"] != "npGPT"
+            )
             cells = "<br>".join(f"{row['who']} {figure(row)}" for row in others)
             ratios = "<br>".join(f"{ours['median'] / row['median']:.2f}" for row in others)
             lines.append(f"| {what} | {figure(ours)} | {cells} | {ratios} |")
@@ -445,19 +503,31 @@ def measure_model(figures, model_dir, size, hparams, programs, rounds, args):
     def take(what, who, seconds):
         taken.setdefault((what, who), []).append(1000 * statistics.median(seconds))
 
-    token, late = f"{size}: one more token", f"{size}: one more token after {len(long_prompt)} tokens"
-    prompt, samples = f"{size}: a prompt of {len(long_prompt)} tokens", f"{size}: a token, for 16 samples at once"
+    token, late = (
+        f"{size}: one more token",
+        f"{size}: one more token after {len(long_prompt)} tokens",
+    )
+    prompt, samples = (
+        f"{size}: a prompt of {len(long_prompt)} tokens",
+        f"{size}: a token, for 16 samples at once",
+    )
     for program, worker in workers.items():
-        worker.ask("steps", long_prompt if program != "picoGPT" else long_prompt[:10], 2)  # a first run to warm up
+        worker.ask(
+            "steps", long_prompt if program != "picoGPT" else long_prompt[:10], 2
+        )  # a first run to warm up
     for n_round in range(rounds):
         for program, worker in workers.items():
-            if program == "picoGPT":  # slow, and without a cache a late token takes as long as a prompt
+            if (
+                program == "picoGPT"
+            ):  # slow, and without a cache a late token takes as long as a prompt
                 if n_round < 2:
                     take(token, program, worker.ask("steps", long_prompt[:10], 3))
                     take(prompt, program, worker.ask("prompt", long_prompt))
                 continue
             if program == "npGPT":
-                steps, products = zip(*worker.ask("steps and products", long_prompt[:10], 20), strict=True)
+                steps, products = zip(
+                    *worker.ask("steps and products", long_prompt[:10], 20), strict=True
+                )
                 take(token, "floor", products)
             else:
                 steps = worker.ask("steps", long_prompt[:10], 20)
@@ -471,11 +541,17 @@ def measure_model(figures, model_dir, size, hparams, programs, rounds, args):
         worker.__exit__()
     if (samples, "npGPT") in taken:
         taken[samples, "one sample"] = taken[token, "npGPT"]
-    n_params = sum(array.size for array in random_variables(hparams | {"n_vocab": 1, "n_ctx": 1}).values())
+    n_params = sum(
+        array.size for array in random_variables(hparams | {"n_vocab": 1, "n_ctx": 1}).values()
+    )
     n_params += (hparams["n_vocab"] + n_ctx - 2) * hparams["n_embd"]
     cache_share = 2 * hparams["n_layer"] * hparams["n_embd"] * (n_ctx - 14) / n_params
-    taken[late, "floor, and the cache at its speed"] = [ms * (1 + cache_share) for ms in taken[token, "floor"]]
-    for (what, who), values in sorted(taken.items(), key=lambda item: (item[0][0] != token, item[0][0])):
+    taken[late, "floor, and the cache at its speed"] = [
+        ms * (1 + cache_share) for ms in taken[token, "floor"]
+    ]
+    for (what, who), values in sorted(
+        taken.items(), key=lambda item: (item[0][0] != token, item[0][0])
+    ):
         figures.add(what, who, "ms", values)
 
 
@@ -484,13 +560,23 @@ def measure_commands(figures, model_dir, size, programs, rounds, args):
     for n_round in range(rounds + 1):
         for program in programs:
             if program != "picoGPT" or n_round < 2:
-                runs[program].append(run_command(command_of(program, model_dir, args), args.threads))
+                runs[program].append(
+                    run_command(command_of(program, model_dir, args), args.threads)
+                )
                 time.sleep(0.3)
-    for what, unit, i in (f"the whole command, {N_TOKENS} tokens", "s", 0), ("memory of the command", "MB", 1):
+    for what, unit, i in (
+        (f"the whole command, {N_TOKENS} tokens", "s", 0),
+        ("memory of the command", "MB", 1),
+    ):
         for program, results in runs.items():
             figures.add(f"{size}: {what}", program, unit, [result[i] for result in results[1:]])
     data = model_dir / "model.ckpt.data-00000-of-00001"
-    figures.add(f"{size}: memory of the command", "size of the checkpoint", "MB", [data.stat().st_size / 1e6])
+    figures.add(
+        f"{size}: memory of the command",
+        "size of the checkpoint",
+        "MB",
+        [data.stat().st_size / 1e6],
+    )
 
 
 def measure_scoring(figures, model_dir, size, hparams, programs, rounds, args):
@@ -499,10 +585,14 @@ def measure_scoring(figures, model_dir, size, hparams, programs, rounds, args):
     lengths = rng.integers(20, min(300, n_ctx) + 1, 16)
     texts = {
         SHORT_TEXTS: [rng.integers(0, hparams["n_vocab"] - 1, n).tolist() for n in lengths],
-        f"scoring a text of {n_ctx - 24} tokens": [rng.integers(0, hparams["n_vocab"] - 1, n_ctx - 24).tolist()],
+        f"scoring a text of {n_ctx - 24} tokens": [
+            rng.integers(0, hparams["n_vocab"] - 1, n_ctx - 24).tolist()
+        ],
     }
     for what, some in texts.items():
-        workers = {program: Worker(program, model_dir, args) for program in programs if program in SCORERS}
+        workers = {
+            program: Worker(program, model_dir, args) for program in programs if program in SCORERS
+        }
         speeds = {program: [] for program in workers}
         for _ in range(rounds + 1):  # the first one warms up
             for program, worker in workers.items():
@@ -518,7 +608,9 @@ SCORERS = [program for program, engine in ENGINES.items() if hasattr(engine, "sc
 
 # {what: {program: (preparation, statements to time)}}
 LOADS = {
-    "encoder.json and vocab.bpe": {"npGPT": ("import encoder", "encoder.get_encoder(name, folder)")},
+    "encoder.json and vocab.bpe": {
+        "npGPT": ("import encoder", "encoder.get_encoder(name, folder)")
+    },
     "parameters that were loaded before": {
         "npGPT": (
             "import json, utils; hparams = json.load(open(f'{folder}/{name}/hparams.json'))",
@@ -526,7 +618,10 @@ LOADS = {
         )
     },
     "a Hugging Face folder": {
-        "npGPT": ("import utils", "utils.load_encoder_hparams_and_params('transformers', f'{folder}/{name}')"),
+        "npGPT": (
+            "import utils",
+            "utils.load_encoder_hparams_and_params('transformers', f'{folder}/{name}')",
+        ),
         "transformers": (
             "from transformers import GPT2LMHeadModel, GPT2Tokenizer; folder = f'{folder}/{name}/transformers'",
             "GPT2Tokenizer.from_pretrained(folder), GPT2LMHeadModel.from_pretrained(folder)",
@@ -549,10 +644,16 @@ def measure_loading(figures, model_dir, size, programs, rounds):
             continue  # transformers writes it
         for program in [program for program in ways if program in programs]:
             preparation, statements = ways[program]
-            command = [sys.executable, "-c", TIMED.format(preparation=preparation, statements=statements)]
+            command = [
+                sys.executable,
+                "-c",
+                TIMED.format(preparation=preparation, statements=statements),
+            ]
             command += [str(model_dir.parent), model_dir.name]
             seconds = [float(subprocess.check_output(command, cwd=ROOT)) for _ in range(rounds)]
-            figures.add(f"{size}: loading {what}", program, "ms", [1000 * value for value in seconds])
+            figures.add(
+                f"{size}: loading {what}", program, "ms", [1000 * value for value in seconds]
+            )
 
 
 ENCODE = """
@@ -595,8 +696,19 @@ def measure_encoder(figures, folder, rounds, quick):
         results = {program: [] for program in programs}
         for _ in range(rounds):
             for program in programs:
-                command = [sys.executable, "-c", ENCODE, program, str(folder), "gpt2", str(path), GPT2_PATTERN]
-                results[program].append(list(map(float, subprocess.check_output(command, cwd=ROOT).split())))
+                command = [
+                    sys.executable,
+                    "-c",
+                    ENCODE,
+                    program,
+                    str(folder),
+                    "gpt2",
+                    str(path),
+                    GPT2_PATTERN,
+                ]
+                results[program].append(
+                    list(map(float, subprocess.check_output(command, cwd=ROOT).split()))
+                )
         rows = [(f"encoding {kind}, first time", "MB/s"), (f"encoding {kind} again", "MB/s")]
         rows += [("decoding", "million ids/s")] * (kind == "code")
         for i, (what, unit) in enumerate(rows):
@@ -620,7 +732,12 @@ def machine(threads):
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    return {"processor": model, "system": platform.platform(), "threads": threads, "versions": versions}
+    return {
+        "processor": model,
+        "system": platform.platform(),
+        "threads": threads,
+        "versions": versions,
+    }
 
 
 def plot(figures, tasks, programs, path):
@@ -630,7 +747,11 @@ def plot(figures, tasks, programs, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tasks = {label: what for label, what in tasks.items() if not figures.find(what, "npGPT")["unit"].endswith("/s")}
+    tasks = {
+        label: what
+        for label, what in tasks.items()
+        if not figures.find(what, "npGPT")["unit"].endswith("/s")
+    }
     figure, panels = pyplot.subplots(1, len(tasks), figsize=(11, 3.4), layout="constrained")
     for axes, (label, what) in zip(panels, tasks.items(), strict=True):
         rows = [row for row in (figures.find(what, program) for program in programs) if row]
@@ -649,22 +770,38 @@ def plot(figures, tasks, programs, path):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model_dir", type=Path, help="a folder with a 124M checkpoint (default: a random one is made)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", default="", help="also measure npGPT with random models of these sizes")
-    parser.add_argument("--picogpt", type=Path, help="a checkout of picoGPT, to measure it, too (takes minutes)")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each program is measured (default 5)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each program (default 2)")
+    parser.add_argument(
+        "--model_dir",
+        type=Path,
+        help="a folder with a 124M checkpoint (default: a random one is made)",
+    )
+    parser.add_argument(
+        "--sizes", default="", help="also measure npGPT with random models of these sizes"
+    )
+    parser.add_argument(
+        "--picogpt", type=Path, help="a checkout of picoGPT, to measure it, too (takes minutes)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="how often each program is measured (default 5)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=2, help="threads of each program (default 2)"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny model and one round")
-    parser.add_argument("--json", type=Path, help="store the figures, the versions and the machine here")
+    parser.add_argument(
+        "--json", type=Path, help="store the figures, the versions and the machine here"
+    )
     parser.add_argument("--plot", type=Path, help="draw the chart here (needs matplotlib)")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.sizes = list(filter(None, args.sizes.split(",")))
     if args.picogpt and not (args.picogpt / "gpt2.py").is_file():
-        parser.error(f"{args.picogpt} is not a checkout of picoGPT: git clone https://github.com/jaymody/picoGPT")
+        parser.error(
+            f"{args.picogpt} is not a checkout of picoGPT: git clone https://github.com/jaymody/picoGPT"
+        )
     return args
 
 
@@ -677,11 +814,19 @@ def main():
     for program, packages in PACKAGES.items():
         if not is_installed(program):
             print(f"{program} is not installed (pip install {packages})", file=sys.stderr)
-    programs = ["npGPT", *(program for program in ("llama.cpp", "transformers") if is_installed(program))]
+    programs = [
+        "npGPT",
+        *(program for program in ("llama.cpp", "transformers") if is_installed(program)),
+    ]
     programs += ["picoGPT"] * bool(args.picogpt)
-    rounds, first, hparams = (1, "quick", QUICK) if args.quick else (args.rounds, "124M", SIZES["124M"])
+    rounds, first, hparams = (
+        (1, "quick", QUICK) if args.quick else (args.rounds, "124M", SIZES["124M"])
+    )
     if args.model_dir:
-        first, hparams = args.model_dir.resolve().name, json.loads((args.model_dir / "hparams.json").read_text())
+        first, hparams = (
+            args.model_dir.resolve().name,
+            json.loads((args.model_dir / "hparams.json").read_text()),
+        )
     figures = Figures()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -698,7 +843,9 @@ def main():
             for path in model_dir.iterdir():
                 path.unlink()
     about, tasks = machine(args.threads), tasks_of(first, hparams["n_ctx"])
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
+    versions = ", ".join(
+        f"{name} {version}" for name, version in about["versions"].items() if version
+    )
     print(f"{about['processor']}, {args.threads} threads; {versions}")
     print(f"\n{figures.short_table(tasks, programs)}\n\n{figures.full_table()}")
     if args.json:

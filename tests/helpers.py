@@ -16,15 +16,36 @@ REAL_MODELS_DIR = ROOT / "models"
 # GPT-2's byte characters: printable Latin-1 characters stand for themselves, the other bytes are U+0100 and up.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
-BYTE_TO_CHAR = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
+BYTE_TO_CHAR = {byte: chr(byte) for byte in PRINTABLE} | {
+    byte: chr(256 + i) for i, byte in enumerate(OTHERS)
+}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 FILES = (
     *("checkpoint", "encoder.json", "hparams.json", "model.ckpt.data-00000-of-00001"),
     *("model.ckpt.index", "model.ckpt.meta", "vocab.bpe"),
 )
-SMALL_MERGES = ["Ġ t", "h e", "Ġt he", "i n", "a n", "r e", "an d", "Ġ and", "Ġ a", "o n", "e r", "in g"]
-SMALL_HPARAMS = {"n_vocab": 257 + len(SMALL_MERGES), "n_ctx": 32, "n_embd": 12, "n_head": 3, "n_layer": 2}
+SMALL_MERGES = [
+    "Ġ t",
+    "h e",
+    "Ġt he",
+    "i n",
+    "a n",
+    "r e",
+    "an d",
+    "Ġ and",
+    "Ġ a",
+    "o n",
+    "e r",
+    "in g",
+]
+SMALL_HPARAMS = {
+    "n_vocab": 257 + len(SMALL_MERGES),
+    "n_ctx": 32,
+    "n_embd": 12,
+    "n_head": 3,
+    "n_layer": 2,
+}
 REFERENCE_MODELS = {  # these sizes expose a wrong axis, head or layer order
     "three_heads": SMALL_HPARAMS,
     "one_layer": {"n_vocab": 50, "n_ctx": 16, "n_embd": 8, "n_head": 1, "n_layer": 1},
@@ -64,7 +85,9 @@ def write_vocabulary(folder, merges=SMALL_MERGES):
 
 def random_variables(hparams, seed=0):
     """Random values for every variable of a GPT-2 -> {name: array}."""
-    rng = np.random.RandomState(seed)  # gives the same numbers in every NumPy version, as stored results need
+    rng = np.random.RandomState(
+        seed
+    )  # gives the same numbers in every NumPy version, as stored results need
     n_embd = hparams["n_embd"]
 
     def normal(*shape, mean=0.0, std=0.1):
@@ -79,7 +102,10 @@ def random_variables(hparams, seed=0):
     for layer in range(hparams["n_layer"]):
         name = f"model/h{layer}"
         for norm in ("ln_1", "ln_2"):
-            variables |= {f"{name}/{norm}/g": normal(n_embd, mean=1.0), f"{name}/{norm}/b": normal(n_embd)}
+            variables |= {
+                f"{name}/{norm}/g": normal(n_embd, mean=1.0),
+                f"{name}/{norm}/b": normal(n_embd),
+            }
         for projection, n_in, n_out in (
             ("attn/c_attn", 1, 3),
             ("attn/c_proj", 1, 1),
@@ -102,11 +128,16 @@ def save_variables(prefix, variables):
         shape_and_slices=[""] * len(names),
         tensors=[tf.constant(variables[name]) for name in names],
     )
-    lines = [f'{key}: "{prefix.name}"\n' for key in ("model_checkpoint_path", "all_model_checkpoint_paths")]
+    lines = [
+        f'{key}: "{prefix.name}"\n'
+        for key in ("model_checkpoint_path", "all_model_checkpoint_paths")
+    ]
     (prefix.parent / "checkpoint").write_text("".join(lines))
 
 
-def write_model(model_dir, hparams=SMALL_HPARAMS, seed=0, prefix="model.ckpt", merges=SMALL_MERGES, extra=()):
+def write_model(
+    model_dir, hparams=SMALL_HPARAMS, seed=0, prefix="model.ckpt", merges=SMALL_MERGES, extra=()
+):
     """Write the seven files of a random model to model_dir. `extra`: further variables of the checkpoint."""
     model_dir = Path(model_dir)
     write_vocabulary(model_dir, merges)
@@ -162,7 +193,11 @@ def map_arrays(function, params):
     """The same nested dicts and lists, with function(array) in place of each array."""
     if isinstance(params, dict):
         return {key: map_arrays(function, value) for key, value in params.items()}
-    return [map_arrays(function, value) for value in params] if isinstance(params, list) else function(params)
+    return (
+        [map_arrays(function, value) for value in params]
+        if isinstance(params, list)
+        else function(params)
+    )
 
 
 def flat(params):
@@ -173,7 +208,10 @@ def flat(params):
         for part, content in block.items():
             for key, value in content.items():
                 leaves = value if isinstance(value, dict) else {"": value}
-                result |= {f"model/h{i}/{part}/{key}/{leaf}".rstrip("/"): array for leaf, array in leaves.items()}
+                result |= {
+                    f"model/h{i}/{part}/{key}/{leaf}".rstrip("/"): array
+                    for leaf, array in leaves.items()
+                }
     return result
 
 
@@ -188,7 +226,9 @@ def tiktoken_encoding(models_dir, name):
     folder = Path(models_dir, name)
     ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
     special = {"<|endoftext|>": len(ranks)}
-    return tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding(
+        name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
 
 
 def float64_gelu(x):
@@ -218,7 +258,9 @@ def float64_gpt2(ids, params, n_head):
                 weights = float64_softmax(k[: i + 1] @ q[i] / math.sqrt(len(columns)))
                 heads[i, columns] = weights @ v[: i + 1]
         x = x + heads @ attn["c_proj"]["w"] + attn["c_proj"]["b"]
-        hidden = float64_gelu(float64_layer_norm(x, **block["ln_2"]) @ mlp["c_fc"]["w"] + mlp["c_fc"]["b"])
+        hidden = float64_gelu(
+            float64_layer_norm(x, **block["ln_2"]) @ mlp["c_fc"]["w"] + mlp["c_fc"]["b"]
+        )
         x = x + hidden @ mlp["c_proj"]["w"] + mlp["c_proj"]["b"]
     return float64_layer_norm(x, **params["ln_f"]) @ params["wte"].T
 

@@ -54,7 +54,9 @@ def save_with_special_tokens_last(folder, n_merges):
     tokenizer.save_model(str(folder))
     vocabulary = tokenizer.get_vocab()
     tokens = [*sorted(vocabulary, key=vocabulary.get), END]
-    vocabulary = json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False, separators=(",", ":"))
+    vocabulary = json.dumps(
+        {token: i for i, token in enumerate(tokens)}, ensure_ascii=False, separators=(",", ":")
+    )
     (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
 
 
@@ -104,7 +106,9 @@ def random_model(n_vocab, seed=0, **sizes):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {"n_embd": 8, "n_head": 2, "n_layer": 2} | sizes
-    config = GPT2Config(vocab_size=n_vocab, n_positions=N_CTX, bos_token_id=None, eos_token_id=None, **sizes)
+    config = GPT2Config(
+        vocab_size=n_vocab, n_positions=N_CTX, bos_token_id=None, eos_token_id=None, **sizes
+    )
     model, generator = GPT2LMHeadModel(config).eval(), torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         mean = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
@@ -128,7 +132,9 @@ def results(model, n_tokens, seed):
     text = ids[:4].tolist()
     for _ in range(N_GREEDY):
         likeliest = model(torch.tensor([text])).logits[0, -1, :n_tokens].topk(2)
-        assert likeliest.values[0] - likeliest.values[1] > 1e-4, "rounding could change the greedy ids"
+        assert likeliest.values[0] - likeliest.values[1] > 1e-4, (
+            "rounding could change the greedy ids"
+        )
         text.append(int(likeliest.indices[0]))
     return {
         "ids": ids.astype(np.int32),
@@ -154,7 +160,9 @@ def main():
         arrays = results(model, n_tokens, seed=len(expected_arrays))
         expected_arrays.update({f"{name}/{key}": array for key, array in arrays.items()})
         expected_ids[name] = tokenizers_ids(folder)
-        if save_vocabulary is gpt2_order and name != "whole":  # the same vocabulary: store its ids once
+        if (
+            save_vocabulary is gpt2_order and name != "whole"
+        ):  # the same vocabulary: store its ids once
             assert expected_ids.pop(name) == expected_ids["whole"]
 
     def gpt2_order(folder):
@@ -165,12 +173,29 @@ def main():
         add("sharded", 280, gpt2_order, random_model(280, seed=1), max_shard_size="8KB")
         add("float16", 280, gpt2_order, random_model(280, seed=2).half())
         add("bfloat16", 280, gpt2_order, random_model(280, seed=3).bfloat16())
-        add("no_prefix", 280, gpt2_order, random_model(280, seed=4), lambda model: model.transformer)
+        add(
+            "no_prefix", 280, gpt2_order, random_model(280, seed=4), lambda model: model.transformer
+        )
         add("six_layers", 280, gpt2_order, random_model(280, seed=5, n_layer=6, n_inner=12))
         add("padded", 280, gpt2_order, random_model(320, seed=6))
-        add("special_tokens_first", 290, save_with_special_tokens_first, random_model(290, seed=7, n_head=1))
-        add("added_tokens", 287, save_with_added_tokens, without_some_tokens(random_model(289, seed=8, n_head=4), 287))
-        add("tokenizer_json", 288, save_tokenizer_json, random_model(288, seed=9, n_embd=10, n_head=5))
+        add(
+            "special_tokens_first",
+            290,
+            save_with_special_tokens_first,
+            random_model(290, seed=7, n_head=1),
+        )
+        add(
+            "added_tokens",
+            287,
+            save_with_added_tokens,
+            without_some_tokens(random_model(289, seed=8, n_head=4), 287),
+        )
+        add(
+            "tokenizer_json",
+            288,
+            save_tokenizer_json,
+            random_model(288, seed=9, n_embd=10, n_head=5),
+        )
     np.savez_compressed(FOLDER / "expected.npz", **expected_arrays)
     content = json.dumps({"texts": TEXTS, "ids": expected_ids}, separators=(",", ":"))
     (FOLDER / "expected.json").write_text(content + "\n")

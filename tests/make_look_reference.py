@@ -16,9 +16,15 @@ def inside(hparams, ids):
     model = torch_model(hparams, random_variables(hparams))
     model.set_attn_implementation("eager")  # the others do not return their weights
     with torch.no_grad():
-        output = model(torch.from_numpy(ids)[None], output_attentions=True, output_hidden_states=True)
-        *states, last = output.hidden_states  # transformers has already applied ln_f to the last one
-        lens = [model.lm_head(model.transformer.ln_f(state)) for state in states] + [model.lm_head(last)]
+        output = model(
+            torch.from_numpy(ids)[None], output_attentions=True, output_hidden_states=True
+        )
+        *states, last = (
+            output.hidden_states
+        )  # transformers has already applied ln_f to the last one
+        lens = [model.lm_head(model.transformer.ln_f(state)) for state in states] + [
+            model.lm_head(last)
+        ]
     return torch.cat(output.attentions).numpy(), torch.cat(lens).numpy()
 
 

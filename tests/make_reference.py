@@ -37,7 +37,11 @@ def torch_model(hparams, variables):
     model = GPT2LMHeadModel(config).eval()
     state = {}
     for name, array in variables.items():
-        key = name.replace("model/h", "h.", 1) if name.startswith("model/h") else name.removeprefix("model/")
+        key = (
+            name.replace("model/h", "h.", 1)
+            if name.startswith("model/h")
+            else name.removeprefix("model/")
+        )
         key = "transformer." + key.replace("/", ".")
         if name.endswith(("wte", "wpe", "/g", "/w")):
             key = key.removesuffix(".g").removesuffix(".w") + ".weight"
@@ -82,7 +86,11 @@ def windowed_log_probs(model, ids, n_ctx, stride):
 def warped(logits, temperature, top_k, top_p):
     """The probabilities that transformers samples from, after its logits warpers in OpenAI's order."""
     import torch
-    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers.generation.logits_process import (
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
 
     scores = TemperatureLogitsWarper(temperature)(None, torch.from_numpy(logits)[None])
     scores = TopKLogitsWarper(top_k)(None, scores) if top_k else scores
@@ -106,7 +114,10 @@ def main():
     rng = np.random.RandomState(2)
     results = {"warped/logits": (3 * rng.standard_normal((len(WARPS), 500))).astype(np.float32)}
     results["warped/probs"] = np.stack(
-        [warped(row, *options) for row, options in zip(results["warped/logits"], WARPS, strict=True)]
+        [
+            warped(row, *options)
+            for row, options in zip(results["warped/logits"], WARPS, strict=True)
+        ]
     )
 
     def score(name, model, ids, n_ctx):
@@ -120,7 +131,9 @@ def main():
             ids = rng.randint(0, hparams["n_vocab"], n_ctx)
             results[f"{name}/ids"] = ids.astype(np.int32)
             results[f"{name}/logits"] = model(torch.from_numpy(ids)[None]).logits[0].numpy()
-            results[f"{name}/greedy"] = np.array(greedy(model, ids[:5], n_ctx + 1 - 5), dtype=np.int32)
+            results[f"{name}/greedy"] = np.array(
+                greedy(model, ids[:5], n_ctx + 1 - 5), dtype=np.int32
+            )
             score(name, model, rng.randint(0, hparams["n_vocab"], 5 * n_ctx + 3).tolist(), n_ctx)
         hparams, variables = tiny_model()
         model = torch_model(hparams, variables)

@@ -31,7 +31,16 @@ TOKEN = "␣be"
 
 def main(folder):
     html = Path(folder) / "look.html"
-    command = [sys.executable, "-m", "examples.look", "-", "--model_size", "tiny", "--html", str(html)]
+    command = [
+        sys.executable,
+        "-m",
+        "examples.look",
+        "-",
+        "--model_size",
+        "tiny",
+        "--html",
+        str(html),
+    ]
     subprocess.run(command, cwd=ROOT, input=TEXT, text=True, check=True)
     with open_browser(folder, width=1280, height=1230) as browser:
         open_page(browser, html)

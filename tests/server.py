@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 ALWAYS = 1000  # requests
-SO_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() discards unsent bytes and resets the connection
+SO_RESET = struct.pack(
+    "ii", 1, 0
+)  # SO_LINGER: close() discards unsent bytes and resets the connection
 
 
 @dataclass
@@ -21,7 +23,9 @@ class Fault:
     """How an answer differs from the correct one, which is the requested file or the rest of it."""
 
     status: int | None = None  # answer with this status and without the file
-    headers: dict = field(default_factory=dict)  # {name: value, None to omit it, or function(request)}
+    headers: dict = field(
+        default_factory=dict
+    )  # {name: value, None to omit it, or function(request)}
     change: object = None  # function(body) -> other body, which also changes Content-Length
     silent: bool = False  # `then` comes before the status line
     sends: int | None = None  # bytes of the body; None: all
@@ -77,15 +81,23 @@ class Handler(BaseHTTPRequestHandler):
             "Last-Modified": "Wed, 06 Nov 2019 00:00:00 GMT",
             "Content-Type": "application/octet-stream",
         }
-        headers |= {key: fault.headers[key] for key in ("ETag", "Last-Modified") if key in fault.headers}
+        headers |= {
+            key: fault.headers[key] for key in ("ETag", "Last-Modified") if key in fault.headers
+        }
         if fault.status:
-            request.status, body, headers = fault.status, b"an error's text", {"Content-Type": "text/plain"}
+            request.status, body, headers = (
+                fault.status,
+                b"an error's text",
+                {"Content-Type": "text/plain"},
+            )
         else:
             request.status, body, ranged = self.part_of(whole, request, fault, headers)
             headers |= ranged
         if fault.change:
             body = fault.change(body)
-        headers["Transfer-Encoding" if fault.chunked else "Content-Length"] = "chunked" if fault.chunked else len(body)
+        headers["Transfer-Encoding" if fault.chunked else "Content-Length"] = (
+            "chunked" if fault.chunked else len(body)
+        )
         self.send_response(request.status)
         for key, value in (headers | fault.headers).items():
             if value is not None:
@@ -98,19 +110,26 @@ class Handler(BaseHTTPRequestHandler):
         md5 = base64.b64encode(hashlib.md5(whole).digest()).decode()
         asked = request.headers.get("If-Range")
         matches = asked is None or (
-            not asked.startswith("W/") and asked in (version.get("ETag"), version.get("Last-Modified"))
+            not asked.startswith("W/")
+            and asked in (version.get("ETag"), version.get("Last-Modified"))
         )
         if request.start is None or fault.ignores_range or not (matches or fault.ignores_if_range):
             return 200, whole, {"Content-MD5": md5}
         if request.start >= len(whole):
             return 416, b"", {"Content-Range": f"bytes */{len(whole)}"}
         content_range = f"bytes {request.start}-{len(whole) - 1}/{len(whole)}"
-        return 206, whole[request.start :], {"Content-Range": content_range, "x-ms-blob-content-md5": md5}
+        return (
+            206,
+            whole[request.start :],
+            {"Content-Range": content_range, "x-ms-blob-content-md5": md5},
+        )
 
     def send(self, body, request, fault):
         for start in range(0, len(body), self.server.piece):
             piece = body[start : start + self.server.piece]
-            request.sent += len(piece)  # first: tests may read it as soon as the client has the bytes
+            request.sent += len(
+                piece
+            )  # first: tests may read it as soon as the client has the bytes
             self.server.count(len(piece))
             self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if fault.chunked else piece)
             self.server.pause()
@@ -141,7 +160,10 @@ class Server(ThreadingHTTPServer):
         self.files = files
         self.requests, self.sizes, self.faults, self.connections = [], set(), {}, set()
         self.piece, self.seconds_per_piece = 1 << 16, 0
-        self.sent, self.at_byte = 0, None  # at_byte: (n, function), called once after n bytes in total
+        self.sent, self.at_byte = (
+            0,
+            None,
+        )  # at_byte: (n, function), called once after n bytes in total
         self.gate, self.stopping, self.lock = threading.Event(), threading.Event(), threading.Lock()
         self.gate.set()
 
@@ -185,7 +207,9 @@ class Server(ThreadingHTTPServer):
             time.sleep(0.01)
 
     def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], OSError):  # OSError: the client was killed or has disconnected
+        if not isinstance(
+            sys.exc_info()[1], OSError
+        ):  # OSError: the client was killed or has disconnected
             super().handle_error(request, client_address)
 
     def __enter__(self):

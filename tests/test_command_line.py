@@ -15,7 +15,14 @@ import threading
 import time
 
 import pytest
-from helpers import ROOT, SMALL_HPARAMS, random_variables, read_terminal, save_variables, write_model
+from helpers import (
+    ROOT,
+    SMALL_HPARAMS,
+    random_variables,
+    read_terminal,
+    save_variables,
+    write_model,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -34,12 +41,25 @@ def models_dir(small_model):
 
 
 def options_for(models_dir, model_size="small", n=N):
-    return ["--models_dir", str(models_dir), "--model_size", model_size, "--n_tokens_to_generate", str(n)]
+    return [
+        "--models_dir",
+        str(models_dir),
+        "--model_size",
+        model_size,
+        "--n_tokens_to_generate",
+        str(n),
+    ]
 
 
 def run(*arguments, models_dir=None, python=("-W", "error"), env=(), **kwargs):
     """Run the command line, by default with the small model if models_dir is given, and capture its output."""
-    command = [sys.executable, *python, GPT2_PY, *arguments, *(options_for(models_dir) if models_dir else [])]
+    command = [
+        sys.executable,
+        *python,
+        GPT2_PY,
+        *arguments,
+        *(options_for(models_dir) if models_dir else []),
+    ]
     environment = {**os.environ, **dict(env)}
     environment.pop("PYTHONUNBUFFERED", None)  # it would hide a missing flush
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | kwargs
@@ -50,7 +70,12 @@ def expected(models_dir, prompt, **options):
     """The output for a prompt, by way of the library and all tokens at once."""
     encoder, hparams, params = load_encoder_hparams_and_params("small", str(models_dir))
     ids = encoder.encode(prompt) or [268]
-    return encoder.decode(gpt2.generate(ids, params, hparams["n_head"], N, stop_id=268, **options)).encode() + b"\n"
+    return (
+        encoder.decode(
+            gpt2.generate(ids, params, hparams["n_head"], N, stop_id=268, **options)
+        ).encode()
+        + b"\n"
+    )
 
 
 def assert_output(result, output):
@@ -71,7 +96,24 @@ def assert_one_line(result, status, *words):
 
 
 PROMPTS = [
-    *("the", "1984", "1, 2, 3", "None", "a #b", "{x}", "[1]", "'q'", '"', "", " ", "x=1", "é\n", "-1", "True", "\\n"),
+    *(
+        "the",
+        "1984",
+        "1, 2, 3",
+        "None",
+        "a #b",
+        "{x}",
+        "[1]",
+        "'q'",
+        '"',
+        "",
+        " ",
+        "x=1",
+        "é\n",
+        "-1",
+        "True",
+        "\\n",
+    ),
 ]
 
 
@@ -86,10 +128,13 @@ def test_a_prompt_that_starts_with_a_dash(models_dir, prompt):
 
 
 @pytest.mark.parametrize(
-    ("text", "prompt"), [("thé\n", "thé"), ("the", "the"), ("a\r\n", "a"), ("a\n\n", "a\n"), ("", "")]
+    ("text", "prompt"),
+    [("thé\n", "thé"), ("the", "the"), ("a\r\n", "a"), ("a\n\n", "a\n"), ("", "")],
 )
 def test_a_prompt_from_standard_input(models_dir, text, prompt):
-    assert_output(run("-", models_dir=models_dir, input=text.encode()), expected(models_dir, prompt))
+    assert_output(
+        run("-", models_dir=models_dir, input=text.encode()), expected(models_dir, prompt)
+    )
 
 
 def test_a_prompt_that_is_not_utf8_is_an_error(models_dir):
@@ -129,7 +174,9 @@ def test_arguments_of_picogpt(models_dir, arguments):
 def test_sampling_options(models_dir):
     options = {"temperature": 2.0, "top_k": 50, "top_p": 0.95, "seed": 7}
     arguments = [f"--{name}={value}" for name, value in options.items()]
-    assert_output(run("the", *arguments, models_dir=models_dir), expected(models_dir, "the", **options))
+    assert_output(
+        run("the", *arguments, models_dir=models_dir), expected(models_dir, "the", **options)
+    )
     result = run("the", *arguments, "--n_samples", "3", models_dir=models_dir)
     text = gpt2.main("the", N, "small", str(models_dir), **options, n_samples=3)
     assert re.findall(r"^=+ SAMPLE (\d) =+$", text, re.MULTILINE) == ["1", "2", "3"]
@@ -138,19 +185,35 @@ def test_sampling_options(models_dir):
 
 def test_stop_text(models_dir):
     text = expected(models_dir, "the").decode()
-    assert_output(run("the", "--stop", text[3:5], models_dir=models_dir), text[: text.find(text[3:5])].encode() + b"\n")
+    assert_output(
+        run("the", "--stop", text[3:5], models_dir=models_dir),
+        text[: text.find(text[3:5])].encode() + b"\n",
+    )
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--seed", "1"], ["--top-k=5"], ["--top_p=.5", "--seed=2"], ["--n_samples", "2", "--temperature=0"]]
+    "arguments",
+    [
+        ["--seed", "1"],
+        ["--top-k=5"],
+        ["--top_p=.5", "--seed=2"],
+        ["--n_samples", "2", "--temperature=0"],
+    ],
 )
 def test_options_without_effect_give_a_warning(models_dir, arguments):
     result = run("the", *arguments, models_dir=models_dir)
     assert result.returncode == 0
     assert expected(models_dir, "the") in result.stdout
-    assert re.fullmatch(rb"gpt2\.py: warning: at temperature 0, these options have no effect: [^\n]*\n", result.stderr)
+    assert re.fullmatch(
+        rb"gpt2\.py: warning: at temperature 0, these options have no effect: [^\n]*\n",
+        result.stderr,
+    )
     named = re.findall(r"--\w+", result.stderr.decode())
-    given_names = [re.match(r"--[\w-]+", word)[0].replace("-k", "_k") for word in arguments if word.startswith("--")]
+    given_names = [
+        re.match(r"--[\w-]+", word)[0].replace("-k", "_k")
+        for word in arguments
+        if word.startswith("--")
+    ]
     assert sorted(named) == sorted(set(given_names) - {"--temperature"})
 
 
@@ -159,13 +222,22 @@ def test_options_without_effect_give_a_warning(models_dir, arguments):
     [
         ([], ["prompt"]),
         (["a", "b"], ["n_tokens_to_generate must be a whole number", "'b'", "prompt in quotes"]),
-        (["a", "upper"], ["n_tokens_to_generate must be a whole number", "'upper'", "prompt in quotes"]),
+        (
+            ["a", "upper"],
+            ["n_tokens_to_generate must be a whole number", "'upper'", "prompt in quotes"],
+        ),
         (["a", "1", "small", "models", "more"], ["more", "prompt in quotes"]),
         (["a", "--nope", "1"], ["--nope"]),
         (["a", "--nope=1"], ["--nope"]),
-        (["a", "--n_tokens_to_generate", "x"], ["n_tokens_to_generate must be a whole number, 0 or more, got 'x'"]),
+        (
+            ["a", "--n_tokens_to_generate", "x"],
+            ["n_tokens_to_generate must be a whole number, 0 or more, got 'x'"],
+        ),
         (["a", "--n_tokens_to_generate", "2.5"], ["a whole number, 0 or more, got '2.5'"]),
-        (["a", "--n_tokens_to_generate", "-1"], ["n_tokens_to_generate must be a whole number, 0 or more, got -1"]),
+        (
+            ["a", "--n_tokens_to_generate", "-1"],
+            ["n_tokens_to_generate must be a whole number, 0 or more, got -1"],
+        ),
         (["a", "--n_tokens_to_generate"], ["--n_tokens_to_generate"]),
         (["a", "-n", "3"], ["-n", "ambiguous", "n_tokens_to_generate", "n_samples"]),
         (["a", "--model-size", "--seed", "1"], ["--model-size"]),
@@ -213,17 +285,25 @@ def test_help_matches_the_signature():
 
 
 def test_errors_are_one_line(tmp_path):
-    assert_one_line(run("a", "--model_size", "nope"), 1, "no model", "nope", "124M, 355M, 774M, 1558M")
+    assert_one_line(
+        run("a", "--model_size", "nope"), 1, "no model", "nope", "124M, 355M, 774M, 1558M"
+    )
     assert_one_line(run("a", "--model_size", "../x"), 1, "'../x'")
     environment = {"GPT2_BASE_URL": "nonsense"}
-    assert_one_line(run("a", "--models_dir", str(tmp_path), env=environment), 1, "GPT2_BASE_URL", "'nonsense'")
+    assert_one_line(
+        run("a", "--models_dir", str(tmp_path), env=environment), 1, "GPT2_BASE_URL", "'nonsense'"
+    )
     (tmp_path / "124M").write_text("a file where a folder should be")
     assert_one_line(run("a", "--models_dir", str(tmp_path)), 1, "124M")
 
 
 @pytest.mark.parametrize(
     ("error", "words"),
-    [(MemoryError(), "out of memory"), (OverflowError("too large"), "too large"), (ImportError("no x"), "no x")],
+    [
+        (MemoryError(), "out of memory"),
+        (OverflowError("too large"), "too large"),
+        (ImportError("no x"), "no x"),
+    ],
 )
 def test_exceptions_are_one_line(models_dir, monkeypatch, capfdbinary, error, words):
     def continuation(*_, **__):
@@ -243,7 +323,9 @@ def test_damaged_parameters_are_one_line(tmp_path, name, value):
     variables[name][..., 1] = value
     save_variables(model_dir / "model.ckpt", variables)
     load_encoder_hparams_and_params("small", str(tmp_path))
-    assert_one_line(run("the", models_dir=tmp_path), 1, "the logits are not finite: the parameters are damaged")
+    assert_one_line(
+        run("the", models_dir=tmp_path), 1, "the logits are not finite: the parameters are damaged"
+    )
 
 
 @pytest.fixture
@@ -276,7 +358,9 @@ def test_from_a_server_to_the_text(models_dir, server, tmp_path):
     assert second.stderr == b""
     assert len(asked) == 7
     environment = {"GPT2_BASE_URL": address}
-    assert_one_line(run("the", "--models_dir", str(tmp_path / "other"), env=environment), 1, "/124M/", "sha256")
+    assert_one_line(
+        run("the", "--models_dir", str(tmp_path / "other"), env=environment), 1, "/124M/", "sha256"
+    )
 
 
 def test_a_warm_run_loads_neither_tensorflow_nor_requests(models_dir):
@@ -306,7 +390,9 @@ def test_nobody_reads_the_output(models_dir):
     assert (result.returncode, result.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize(("arguments", "status"), [(["a", "--nope"], 2), (["a", "--model_size", "nope"], 1)])
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["a", "--nope"], 2), (["a", "--model_size", "nope"], 1)]
+)
 def test_nobody_reads_the_error(arguments, status):
     with pipe_without_reader() as writer:
         assert run(*arguments, stderr=writer).returncode == status
@@ -315,7 +401,11 @@ def test_nobody_reads_the_error(arguments, status):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_output_that_cannot_be_written(models_dir):
-    for arguments in (["the", *options_for(models_dir)], ["the", *options_for(models_dir, n=0)], ["--help"]):
+    for arguments in (
+        ["the", *options_for(models_dir)],
+        ["the", *options_for(models_dir, n=0)],
+        ["--help"],
+    ):
         with open("/dev/full", "wb") as full:
             result = run(*arguments, stdout=full)
         assert result.returncode == 1
@@ -392,7 +482,10 @@ def at_terminal(arguments, talk):
 @pytest.fixture(scope="module")
 def fragile_model(tmp_path_factory):
     """The models_dir of a small model that answers only while there are at most 20 tokens."""
-    model_dir, variables = write_model(tmp_path_factory.mktemp("models") / "small"), random_variables(SMALL_HPARAMS)
+    model_dir, variables = (
+        write_model(tmp_path_factory.mktemp("models") / "small"),
+        random_variables(SMALL_HPARAMS),
+    )
     variables["model/wpe"][20:] = float("nan")
     save_variables(model_dir / "model.ckpt", variables)
     load_encoder_hparams_and_params("small", str(model_dir.parent))
@@ -404,7 +497,9 @@ def test_interactive(fragile_model):
         assert b"Ctrl-D" in wait_for(b"> ")
         for prompt in ("the", "and"):
             send(prompt.encode() + b"\n")
-            wait_for(prompt.encode() + b"\r\n" + expected(fragile_model, prompt).replace(b"\n", b"\r\n"))
+            wait_for(
+                prompt.encode() + b"\r\n" + expected(fragile_model, prompt).replace(b"\n", b"\r\n")
+            )
             assert wait_for(b"> ") == b""
         send(b"\n")
         assert wait_for(b"> ") == b"\r\n"  # an empty line is no prompt
@@ -455,7 +550,9 @@ def test_ctrl_c_stops_only_the_answer(endless_model):
         wait_for(b"> ")
         send(b"\x04")
 
-    shown, status = at_terminal(["--interactive", "--seed=1", "--temperature=3", *endless_model], talk)
+    shown, status = at_terminal(
+        ["--interactive", "--seed=1", "--temperature=3", *endless_model], talk
+    )
     assert status == 0
     assert "Traceback" not in shown
 
@@ -475,15 +572,53 @@ def test_ctrl_c_exits_with_130_and_no_message(endless_model):
 @settings(
     max_examples=int(os.environ.get("NPGPT_COMMAND_LINES", 40)),
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # capfdbinary, which each example reads
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture
+    ],  # capfdbinary, which each example reads
 )
 @given(
     st.lists(
         st.one_of(
             st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8),
-            st.sampled_from(["-", "--", "-h", "--prompt", "--interactive", "--seed", "--top_k=1", "--n_samples", "2"]),
-            st.sampled_from(["--separator", "--trace", "--verbose", "--completion", "-i", "-v", "--no", "--=", "---"]),
-            st.sampled_from(["-p", "-p=a", "-n", "-s", "--stop", "--stop=", "--n-samples=1", "3", "--temperature=1"]),
+            st.sampled_from(
+                [
+                    "-",
+                    "--",
+                    "-h",
+                    "--prompt",
+                    "--interactive",
+                    "--seed",
+                    "--top_k=1",
+                    "--n_samples",
+                    "2",
+                ]
+            ),
+            st.sampled_from(
+                [
+                    "--separator",
+                    "--trace",
+                    "--verbose",
+                    "--completion",
+                    "-i",
+                    "-v",
+                    "--no",
+                    "--=",
+                    "---",
+                ]
+            ),
+            st.sampled_from(
+                [
+                    "-p",
+                    "-p=a",
+                    "-n",
+                    "-s",
+                    "--stop",
+                    "--stop=",
+                    "--n-samples=1",
+                    "3",
+                    "--temperature=1",
+                ]
+            ),
         ),
         max_size=5,
     )

@@ -120,11 +120,18 @@ def check_completes(folder, server):
     """When the server works again, each missing file takes one request, which resumes where the last one ended."""
     check_intact(folder, server.files)
     expected = missing(folder)
-    kept = {name: size_of(folder / f"{name}.part") for name in SIZES if size_of(folder / f"{name}.part.version")}
+    kept = {
+        name: size_of(folder / f"{name}.part")
+        for name in SIZES
+        if size_of(folder / f"{name}.part.version")
+    }
     server.heal()
     download(folder)
     assert [request.name for request in server.requests] == expected
-    assert all((request.start or 0) in resume_points(kept.get(request.name, 0)) for request in server.requests)
+    assert all(
+        (request.start or 0) in resume_points(kept.get(request.name, 0))
+        for request in server.requests
+    )
     check_complete(folder, server.files)
     server.heal()
     download(folder)
@@ -193,7 +200,15 @@ def test_unknown_sizes_raise(server, folder, model_size):
 @pytest.mark.parametrize(
     "address",
     [
-        *("127.0.0.1:8080", "ftp://127.0.0.1/", "file:///etc", "http://", "https:", "http://[::1", "http://host:port"),
+        *(
+            "127.0.0.1:8080",
+            "ftp://127.0.0.1/",
+            "file:///etc",
+            "http://",
+            "https:",
+            "http://[::1",
+            "http://host:port",
+        ),
         *("http://127.0.0.1:99999", "http://.host", "http://a host", f"http://{'a' * 70}.example"),
     ],
 )
@@ -257,18 +272,36 @@ FAULTS = {
     "reset": Case([Fault(silent=True, then="reset")], n_requests=5, error="reset"),
     "no-body": Case([cut(0)], n_requests=5, error=f"of {N}|{N} more"),
     "a-byte-short": Case([cut(N - 1)], n_requests=2, times=1),
-    "a-byte-short-in-its-length": Case([Fault(change=lambda body: body[:-1])], n_requests=1, error="md5"),
-    "a-byte-long": Case([Fault(change=lambda body: body + b"!", headers={"Content-Length": N})], n_requests=1),
-    "a-byte-long-in-its-length": Case([Fault(change=lambda body: body + b"!")], n_requests=1, error="md5"),
-    "a-byte-more-promised": Case([Fault(headers={"Content-Length": N + 1}, then="close")], n_requests=None, error=""),
+    "a-byte-short-in-its-length": Case(
+        [Fault(change=lambda body: body[:-1])], n_requests=1, error="md5"
+    ),
+    "a-byte-long": Case(
+        [Fault(change=lambda body: body + b"!", headers={"Content-Length": N})], n_requests=1
+    ),
+    "a-byte-long-in-its-length": Case(
+        [Fault(change=lambda body: body + b"!")], n_requests=1, error="md5"
+    ),
+    "a-byte-more-promised": Case(
+        [Fault(headers={"Content-Length": N + 1}, then="close")], n_requests=None, error=""
+    ),
     "other-bytes": Case([Fault(change=other_bytes)], n_requests=1, error="md5"),
-    "other-bytes-when-resuming": Case([cut(), Fault(change=other_bytes)], n_requests=2, error="md5"),
+    "other-bytes-when-resuming": Case(
+        [cut(), Fault(change=other_bytes)], n_requests=2, error="md5"
+    ),
     "other-md5": Case([Fault(headers={"Content-MD5": OTHER_MD5})], n_requests=1, error="md5"),
-    "other-md5-of-azure": Case([Fault(headers={"x-ms-blob-content-md5": OTHER_MD5})], n_requests=1, error="md5"),
+    "other-md5-of-azure": Case(
+        [Fault(headers={"x-ms-blob-content-md5": OTHER_MD5})], n_requests=1, error="md5"
+    ),
     "no-md5": Case([Fault(headers={"Content-MD5": None})], n_requests=1),
     "not-an-md5": Case([Fault(headers={"Content-MD5": "abc"})], n_requests=1, error=""),
-    "web-page": Case([Fault(change=lambda body: b"<html>log in", headers=HTML)], n_requests=1, error="web page"),
-    "gzip": Case([Fault(change=gzip.compress, headers={"Content-Encoding": "gzip"})], n_requests=1, error="compressed"),
+    "web-page": Case(
+        [Fault(change=lambda body: b"<html>log in", headers=HTML)], n_requests=1, error="web page"
+    ),
+    "gzip": Case(
+        [Fault(change=gzip.compress, headers={"Content-Encoding": "gzip"})],
+        n_requests=1,
+        error="compressed",
+    ),
     "web-page-in-capitals": Case(
         [Fault(change=lambda body: b"<html>log in", headers={"Content-Type": "TEXT/HTML"})],
         n_requests=1,
@@ -276,21 +309,41 @@ FAULTS = {
     ),
     "identity-in-capitals": Case([Fault(headers={"Content-Encoding": "Identity"})], n_requests=1),
     "chunked": Case([Fault(chunked=True)], n_requests=1, error="state the length"),
-    "chunked-with-a-length": Case([Fault(chunked=True, headers={"Content-Length": N})], n_requests=1, error="length"),
-    "no-length": Case([Fault(headers={"Content-Length": None})], n_requests=1, error="state the length"),
-    "not-a-length": Case([Fault(headers={"Content-Length": "long"}, then="close")], n_requests=None, error=""),
+    "chunked-with-a-length": Case(
+        [Fault(chunked=True, headers={"Content-Length": N})], n_requests=1, error="length"
+    ),
+    "no-length": Case(
+        [Fault(headers={"Content-Length": None})], n_requests=1, error="state the length"
+    ),
+    "not-a-length": Case(
+        [Fault(headers={"Content-Length": "long"}, then="close")], n_requests=None, error=""
+    ),
     "range-ignored": Case([cut(), Fault(ignores_range=True)], n_requests=2, times=1),
-    "other-range": Case([cut(), Fault(headers={"Content-Range": f"bytes 0-{N - 1}/{N}"})], n_requests=3, times=1),
-    "other-range-for-ever": Case([cut(), Fault(headers={"Content-Range": f"bytes 0-9/{N}"})], n_requests=3, times=1),
-    "not-a-range": Case([cut(), Fault(headers={"Content-Range": "all of it"})], n_requests=3, times=1),
+    "other-range": Case(
+        [cut(), Fault(headers={"Content-Range": f"bytes 0-{N - 1}/{N}"})], n_requests=3, times=1
+    ),
+    "other-range-for-ever": Case(
+        [cut(), Fault(headers={"Content-Range": f"bytes 0-9/{N}"})], n_requests=3, times=1
+    ),
+    "not-a-range": Case(
+        [cut(), Fault(headers={"Content-Range": "all of it"})], n_requests=3, times=1
+    ),
     "no-range": Case([cut(), Fault(headers={"Content-Range": None})], n_requests=3, times=1),
     "other-total": Case([cut(), Fault(headers=MORE)], n_requests=None, times=1),
-    "little-of-the-rest": Case([cut(), Fault(change=lambda body: body[:50], headers=FIFTY)], n_requests=3, times=1),
+    "little-of-the-rest": Case(
+        [cut(), Fault(change=lambda body: body[:50], headers=FIFTY)], n_requests=3, times=1
+    ),
     "weak-etag": Case([cut(headers=WEAK), Fault(headers=WEAK)], n_requests=2, times=1),
-    "no-etag": Case([cut(headers={"ETag": None}), Fault(headers={"ETag": None})], n_requests=2, times=1),
+    "no-etag": Case(
+        [cut(headers={"ETag": None}), Fault(headers={"ETag": None})], n_requests=2, times=1
+    ),
     "no-version": Case([cut(headers=NO_VERSION)], n_requests=2, times=1),
-    "no-version-for-ever": Case([cut(headers=NO_VERSION)], n_requests=6, error=f"of {N}|{N // 2} more"),
-    "other-version": Case([cut(), Fault(headers={"ETag": '"other"'}, ignores_if_range=True)], n_requests=3, times=1),
+    "no-version-for-ever": Case(
+        [cut(headers=NO_VERSION)], n_requests=6, error=f"of {N}|{N // 2} more"
+    ),
+    "other-version": Case(
+        [cut(), Fault(headers={"ETag": '"other"'}, ignores_if_range=True)], n_requests=3, times=1
+    ),
 }
 if OLD_URLLIB3:  # asked for the last byte again, the server announces and sends the right length
     del FAULTS["a-byte-more-promised"]
@@ -315,7 +368,9 @@ def test_faults_of_the_server(server, folder, naps, name):
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("fault", [Fault(404), cut(0), Fault(change=other_bytes), Fault(silent=True, then="reset")])
+@pytest.mark.parametrize(
+    "fault", [Fault(404), cut(0), Fault(change=other_bytes), Fault(silent=True, then="reset")]
+)
 def test_faults_for_any_file(server, folder, name, fault):
     server.misbehave(name, fault, times=ALWAYS)
     download_fails(folder, re.escape(name))
@@ -323,15 +378,21 @@ def test_faults_for_any_file(server, folder, name, fault):
 
 
 @pytest.mark.parametrize("then", ["close", "reset"])
-@pytest.mark.parametrize("offset", [0, 1, 17, 4095, 4096, 4097, 50_000, N // 2, 150_000, N - 4097, N - 2, N - 1])
+@pytest.mark.parametrize(
+    "offset", [0, 1, 17, 4095, 4096, 4097, 50_000, N // 2, 150_000, N - 4097, N - 2, N - 1]
+)
 def test_resumes_where_the_connection_was_cut(server, folder, offset, then):
     server.misbehave(DATA, cut(offset, then))
     download(folder)
     first, second = server.asked(DATA)
     assert (first.start, first.status, first.sent) == (None, 200, offset)
-    kept = offset if OLD_URLLIB3 else offset // SMALL_CHUNK * SMALL_CHUNK  # only whole chunks are kept
+    kept = (
+        offset if OLD_URLLIB3 else offset // SMALL_CHUNK * SMALL_CHUNK
+    )  # only whole chunks are kept
     start = second.start or 0
-    assert start in resume_points(kept) if then == "close" else start <= kept  # a reset can lose bytes in transit
+    assert (
+        start in resume_points(kept) if then == "close" else start <= kept
+    )  # a reset can lose bytes in transit
     assert start + second.sent == N
     if start:
         assert second.status == 206
@@ -398,7 +459,9 @@ def test_a_file_that_changed_on_the_server(server, folder, ignores_if_range, new
     server.misbehave(DATA, cut(), Fault(404))
     download_fails(folder, "404")
     server.heal()
-    server.files = random_files(seed=1, **{DATA: new_size}) | {name: server.files[name] for name in BEFORE_DATA}
+    server.files = random_files(seed=1, **{DATA: new_size}) | {
+        name: server.files[name] for name in BEFORE_DATA
+    }
     server.misbehave(DATA, Fault(ignores_if_range=ignores_if_range), times=ALWAYS)
     download(folder)
     check_complete(folder, server.files)
@@ -503,7 +566,9 @@ def test_redirect_from_https_to_http_raises(server, folder, monkeypatch, scheme)
             super().__init__()
             self.mount("https://", RedirectingAdapter())
 
-    monkeypatch.setattr(RedirectingAdapter, "location", server.address.replace("http", scheme) + "/355M/checkpoint")
+    monkeypatch.setattr(
+        RedirectingAdapter, "location", server.address.replace("http", scheme) + "/355M/checkpoint"
+    )
     monkeypatch.setattr(requests, "Session", Session)
     monkeypatch.setenv("GPT2_BASE_URL", "https://example.invalid/models")
     error = download_fails(folder, "https://example.invalid/models/355M/checkpoint.*127.0.0.1")
@@ -540,7 +605,9 @@ def test_never_answers(folder, naps, monkeypatch):
 def late(monkeypatch, naps):
     """A clock on which more than PATIENCE passes with every look at it."""
     clock = iter(range(0, 10**6, utils.PATIENCE + 1))
-    monkeypatch.setattr(utils, "time", SimpleNamespace(sleep=naps.append, monotonic=lambda: next(clock)))
+    monkeypatch.setattr(
+        utils, "time", SimpleNamespace(sleep=naps.append, monotonic=lambda: next(clock))
+    )
 
 
 SILENCE = Fault(silent=True, then="close")
@@ -559,8 +626,12 @@ def test_retries_a_server_that_never_answers_while_patience_lasts(server, folder
     assert len(server.requests) == 1 + utils.RETRIES
 
 
-@pytest.mark.parametrize(("answer", "n_requests"), [(Fault(503), 5), (cut(), 6)], ids=["status", "bytes"])
-def test_retries_a_server_that_has_answered_after_patience_ends(server, folder, late, answer, n_requests):
+@pytest.mark.parametrize(
+    ("answer", "n_requests"), [(Fault(503), 5), (cut(), 6)], ids=["status", "bytes"]
+)
+def test_retries_a_server_that_has_answered_after_patience_ends(
+    server, folder, late, answer, n_requests
+):
     """An error status is an answer and a failure. Bytes are an answer and progress."""
     server.misbehave(DATA, answer, SILENCE, times=ALWAYS)
     error = download_fails(folder, DATA)
@@ -602,7 +673,11 @@ def test_error_message_while_handling_another_exception(server, folder):
 def verified(server, monkeypatch):
     """The server, with its files as the published ones: their SHA-256 are known."""
     monkeypatch.delenv("GPT2_ALLOW_UNVERIFIED")
-    monkeypatch.setattr(utils, "FILES", {name: hashlib.sha256(body).hexdigest() for name, body in server.files.items()})
+    monkeypatch.setattr(
+        utils,
+        "FILES",
+        {name: hashlib.sha256(body).hexdigest() for name, body in server.files.items()},
+    )
     return server
 
 
@@ -656,7 +731,9 @@ def test_no_progress_bar_without_a_terminal(verified, folder, capfd):
 
 
 def test_progress_bars_end_at_100_percent(server, folder):
-    server.misbehave("model.ckpt.meta", cut(20_000))  # its second bar starts where the first one ended
+    server.misbehave(
+        "model.ckpt.meta", cut(20_000)
+    )  # its second bar starts where the first one ended
     leader, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # rows, columns
     with subprocess.Popen([*DOWNLOAD, str(folder)], cwd=ROOT, stderr=terminal) as process:
@@ -712,7 +789,10 @@ def test_full_tmpfs(server, folder):
 
     def mount(*options):
         try:
-            return subprocess.run(["mount", *options, str(folder)], capture_output=True).returncode == 0
+            return (
+                subprocess.run(["mount", *options, str(folder)], capture_output=True).returncode
+                == 0
+            )
         except FileNotFoundError:
             return False
 
@@ -809,7 +889,10 @@ def test_processes_wait_for_each_other(server, folder, n_processes, tmp_path):
             with log.open("w") as file:
                 processes.append(subprocess.Popen([*DOWNLOAD, str(folder)], cwd=ROOT, stderr=file))
         deadline = time.monotonic() + 50
-        while sum("waiting" in log.read_text() for log in logs) < n_processes - 1 and time.monotonic() < deadline:
+        while (
+            sum("waiting" in log.read_text() for log in logs) < n_processes - 1
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.02)
     finally:
         server.gate.set()

@@ -19,7 +19,11 @@ from encoder import Encoder, TextDecoder, get_encoder
 RANDOM_STRINGS = int(os.environ.get("NPGPT_RANDOM_STRINGS", 100_000))  # for a long run: a million
 
 # Code points that all Unicode tables in use know: those assigned in Python's, which are the oldest.
-ASSIGNED = [chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
+ASSIGNED = [
+    chr(i)
+    for i in range(sys.maxunicode + 1)
+    if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")
+]
 TRICKY = [
     *" \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u2003\u2028\u3000'",
     "'s",
@@ -84,7 +88,9 @@ def test_fixed_texts_encode_as_in_tiktoken(pair, text):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from(ASSIGNED + TRICKY * 2000 + SURROGATES * 500), max_size=40).map("".join))
+@given(
+    st.lists(st.sampled_from(ASSIGNED + TRICKY * 2000 + SURROGATES * 500), max_size=40).map("".join)
+)
 def test_any_text_encodes_and_decodes_as_in_tiktoken(pair_of_both, text):
     for ours, tiktokens in pair_of_both:
         ids = ours.encode(text)
@@ -103,7 +109,21 @@ def test_random_strings_encode_as_in_tiktoken(real):
     ours, tiktokens = real
     seed = random.randrange(2**32)
     rng = random.Random(seed)
-    words = ["the", " of", "Ġ", "qu", "ing", " 12", "  ", "\n\n", "won't", "übermäßig", "données", "слово", "λόγος"]
+    words = [
+        "the",
+        " of",
+        "Ġ",
+        "qu",
+        "ing",
+        " 12",
+        "  ",
+        "\n\n",
+        "won't",
+        "übermäßig",
+        "données",
+        "слово",
+        "λόγος",
+    ]
     pools = [ASSIGNED, TRICKY, words, "abcdefghij ABC 0123 .,!?", SURROGATES + TRICKY]
     for _ in range(RANDOM_STRINGS):
         text = "".join(rng.choices(rng.choice(pools), k=rng.randrange(30)))
@@ -115,8 +135,38 @@ def test_long_texts_encode_as_in_tiktoken(real):
     ours, tiktokens = real
     seed = random.randrange(2**32)
     rng = random.Random(seed)
-    spaces = [" ", "  ", "\n", " \n", "\r\n", "\t", "\x0b", "\x0c", "\x1c", "\x1f", "\x85", "\xa0", "\u2003", "\u3000"]
-    signs = ["a", "B", "é", "中", "ﬁ", "1", "½", "'", "'s", "'ll", ".", "\x00", "\u200d", "\U0001f600"]
+    spaces = [
+        " ",
+        "  ",
+        "\n",
+        " \n",
+        "\r\n",
+        "\t",
+        "\x0b",
+        "\x0c",
+        "\x1c",
+        "\x1f",
+        "\x85",
+        "\xa0",
+        "\u2003",
+        "\u3000",
+    ]
+    signs = [
+        "a",
+        "B",
+        "é",
+        "中",
+        "ﬁ",
+        "1",
+        "½",
+        "'",
+        "'s",
+        "'ll",
+        ".",
+        "\x00",
+        "\u200d",
+        "\U0001f600",
+    ]
     for _ in range(300):
         share = rng.random()
         pool = spaces * round(10 * share) + ["a", "'s", "1", "."] * 30 + signs
@@ -159,7 +209,9 @@ def test_decoding_an_unknown_id_raises(small, token_id):
         small[0].decode([72, token_id])
 
 
-@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda encoder: pickle.loads(pickle.dumps(encoder))])
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda encoder: pickle.loads(pickle.dumps(encoder))]
+)
 def test_copies_of_an_encoder_work(small, duplicate):
     for text in ("", "the hand"):  # before and after the encoder has filled its caches
         small[0].decode(small[0].encode(text))
@@ -234,7 +286,9 @@ SOME_IDS = st.lists(
 
 
 def ids_of(encoder, items):
-    return [i for kind, value in items for i in (encoder.encode(value) if kind == "text" else [value])]
+    return [
+        i for kind, value in items for i in (encoder.encode(value) if kind == "text" else [value])
+    ]
 
 
 @pytest.mark.parametrize("errors", ERRORS)
@@ -261,7 +315,9 @@ def test_text_ends_before_the_first_stop(small, items, sizes, data):
     ids = ids_of(encoder, items)
     text = encoder.decode(ids)
     start = data.draw(st.integers(0, len(text)))
-    part = text[start : start + data.draw(st.integers(1, 5))]  # usually occurs; with a letter more, only begins to
+    part = text[
+        start : start + data.draw(st.integers(1, 5))
+    ]  # usually occurs; with a letter more, only begins to
     stop = (part + data.draw(st.sampled_from(["", "", "a", "\ufffd"]))) or "the"
     pieces, decoder = streamed(encoder, ids, sizes, stop)
     found = text.find(stop)
@@ -309,21 +365,42 @@ def swapped(vocabulary, a, b):
 LAST = SMALL_MERGES[-1]
 DAMAGES = {
     "a token is missing": (vocabulary_json(lambda v: v.pop("he") and None), "encoder.json"),
-    "a hole in the ids": (vocabulary_json(lambda v: v.update({"<|endoftext|>": 999})), "encoder.json"),
+    "a hole in the ids": (
+        vocabulary_json(lambda v: v.update({"<|endoftext|>": 999})),
+        "encoder.json",
+    ),
     "an id twice": (vocabulary_json(lambda v: v.update({"he": 3})), "encoder.json"),
     "an id that is a string": (vocabulary_json(lambda v: v.update({"he": "257"})), "encoder.json"),
-    "an id that is a float": (vocabulary_json(lambda v: v.update({"he": float(v["he"])})), "encoder.json"),
+    "an id that is a float": (
+        vocabulary_json(lambda v: v.update({"he": float(v["he"])})),
+        "encoder.json",
+    ),
     "two merges' ids swapped": (vocabulary_json(lambda v: swapped(v, "he", "in")), "vocab.bpe"),
     "two bytes' ids swapped": (vocabulary_json(lambda v: swapped(v, "a", "b")), "vocab.bpe"),
     "not an object": (vocabulary_json(lambda v: list(v)), "encoder.json"),
-    "truncated json": (lambda folder: (folder / "encoder.json").write_text('{"a": 1, "b'), "encoder.json"),
-    "not UTF-8": (lambda folder: (folder / "encoder.json").write_bytes(b'{"\xff": 0}'), "encoder.json"),
+    "truncated json": (
+        lambda folder: (folder / "encoder.json").write_text('{"a": 1, "b'),
+        "encoder.json",
+    ),
+    "not UTF-8": (
+        lambda folder: (folder / "encoder.json").write_bytes(b'{"\xff": 0}'),
+        "encoder.json",
+    ),
     "no version line": (merges_text(lambda text: text.split("\n", 1)[1]), "vocab.bpe"),
-    "three parts in a line": (merges_text(lambda text: text.replace(LAST, LAST + " x")), "vocab.bpe"),
+    "three parts in a line": (
+        merges_text(lambda text: text.replace(LAST, LAST + " x")),
+        "vocab.bpe",
+    ),
     "a merge of unknown tokens": (merges_text(lambda text: text + "zz top\n"), "vocab.bpe"),
     "a merge twice": (merges_text(lambda text: text + LAST + "\n"), "vocab.bpe"),
-    "merges in another order": (merges_text(lambda text: text.replace("Ġ t\nh e", "h e\nĠ t")), "vocab.bpe"),
-    "the last merge is missing": (merges_text(lambda text: text.removesuffix(LAST + "\n")), "vocab.bpe"),
+    "merges in another order": (
+        merges_text(lambda text: text.replace("Ġ t\nh e", "h e\nĠ t")),
+        "vocab.bpe",
+    ),
+    "the last merge is missing": (
+        merges_text(lambda text: text.removesuffix(LAST + "\n")),
+        "vocab.bpe",
+    ),
     "no merges": (merges_text(lambda text: text.split("\n")[0]), "vocab.bpe"),
     "a byte is missing": (vocabulary_json(lambda v: v.update({"!!": v.pop("!")})), "vocab.bpe"),
     "a merge of nothing": (merges_text(lambda text: text.replace("Ġ t\n", " Ġt\n")), "vocab.bpe"),
@@ -366,13 +443,17 @@ def test_a_truncated_vocabulary_never_gives_other_ids(tmp_path, small):
 
 def test_special_tokens_before_the_bytes(tmp_path, small):
     write_vocabulary(tmp_path / "first")
-    vocabulary_json(lambda v: {"<pad>": 0} | {token: i + 1 for token, i in v.items()})(tmp_path / "first")
+    vocabulary_json(lambda v: {"<pad>": 0} | {token: i + 1 for token, i in v.items()})(
+        tmp_path / "first"
+    )
     ours = get_encoder("first", str(tmp_path))
     assert ours.encode("the") == [i + 1 for i in small[0].encode("the")]
     assert ours.decode(ours.encode("the")) == "the"
 
 
-@pytest.mark.parametrize("change", [lambda t: t.replace("\n", "\r\n"), lambda t: t.removesuffix("\n")])
+@pytest.mark.parametrize(
+    "change", [lambda t: t.replace("\n", "\r\n"), lambda t: t.removesuffix("\n")]
+)
 def test_line_ends_of_the_merges_do_not_matter(tmp_path, small, change):
     write_vocabulary(tmp_path / "other")
     merges_text(change)(tmp_path / "other")

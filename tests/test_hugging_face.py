@@ -74,11 +74,22 @@ def write_safetensors(path, header, data):
 
 def write_tensors(path, tensors):
     """Write {name: array}. Arrays of uint16 become BF16."""
-    names = {"float32": "F32", "float16": "F16", "uint16": "BF16", "uint8": "U8", "bool": "BOOL", "int64": "I64"}
+    names = {
+        "float32": "F32",
+        "float16": "F16",
+        "uint16": "BF16",
+        "uint8": "U8",
+        "bool": "BOOL",
+        "int64": "I64",
+    }
     header, data = {}, b""
     for name, array in tensors.items():
         offsets = [len(data), len(data) + array.nbytes]
-        header[name] = {"dtype": names[array.dtype.name], "shape": list(array.shape), "data_offsets": offsets}
+        header[name] = {
+            "dtype": names[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": offsets,
+        }
         data += array.tobytes()
     write_safetensors(path, header, data)
 
@@ -95,7 +106,9 @@ def stored_tensors(model_dir):
                 array = np.frombuffer(data[begin:end], dtype)
                 if entry["dtype"] == "BF16":
                     array = np.stack([np.zeros_like(array), array], axis=-1).view(np.float32)
-                tensors[name.removeprefix("transformer.")] = array.astype(np.float32).reshape(entry["shape"])
+                tensors[name.removeprefix("transformer.")] = array.astype(np.float32).reshape(
+                    entry["shape"]
+                )
     return tensors
 
 
@@ -105,7 +118,9 @@ def flat(params, path=""):
         name = re.sub(r"^blocks", "h", path.removeprefix("."))
         return {re.sub(r"\.b$", ".bias", re.sub(r"\.[wg]$|(?<=^w.e)$", ".weight", name)): params}
     items = params.items() if isinstance(params, dict) else enumerate(params)
-    return {name: array for key, value in items for name, array in flat(value, f"{path}.{key}").items()}
+    return {
+        name: array for key, value in items for name, array in flat(value, f"{path}.{key}").items()
+    }
 
 
 def assert_params(params, tensors, n_vocab=None):
@@ -114,7 +129,9 @@ def assert_params(params, tensors, n_vocab=None):
     for name, array in found.items():
         assert array.dtype == np.float32
         assert not array.flags.writeable
-        np.testing.assert_array_equal(array, tensors[name][: n_vocab if name == "wte.weight" else None])
+        np.testing.assert_array_equal(
+            array, tensors[name][: n_vocab if name == "wte.weight" else None]
+        )
 
 
 def is_mapped(array):
@@ -151,7 +168,9 @@ def test_ids_are_those_of_tokenizers(name):
 def test_hparams_and_params_are_those_of_the_files(name):
     encoder, hparams, params = load(FOLDER / name)
     config = json.loads((FOLDER / name / "config.json").read_text())
-    sizes = {"n_ctx": config["n_positions"]} | {key: config[key] for key in ("n_embd", "n_head", "n_layer")}
+    sizes = {"n_ctx": config["n_positions"]} | {
+        key: config[key] for key in ("n_embd", "n_head", "n_layer")
+    }
     assert hparams == {"n_vocab": len(encoder.encoder)} | sizes
     assert_params(params, stored_tensors(FOLDER / name), hparams["n_vocab"])
 
@@ -209,7 +228,9 @@ def write_tokenizer(model_dir, merges, added_tokens=(), **options):
     tokens += ["".join(merge) for merge in merges]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     content["model"] |= {"vocab": vocabulary, "merges": merges} | options
-    content["added_tokens"] = [{"content": token, "id": len(tokens) + i} for i, token in enumerate(added_tokens)]
+    content["added_tokens"] = [
+        {"content": token, "id": len(tokens) + i} for i, token in enumerate(added_tokens)
+    ]
     (model_dir / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     return lambda: get_encoder(model_dir.name, str(model_dir.parent))
 
@@ -231,7 +252,9 @@ def test_a_special_token_of_vocab_json_may_contain_a_space(copy):
     """ByteLevelBPETokenizer(...).train(..., special_tokens=["<|user name|>"]), then save_model."""
     model_dir = copy("special_tokens_first")
     text = (model_dir / "vocab.json").read_text(encoding="utf-8")
-    (model_dir / "vocab.json").write_text(text.replace('"<mask>"', '"<|user name|>"'), encoding="utf-8")
+    (model_dir / "vocab.json").write_text(
+        text.replace('"<mask>"', '"<|user name|>"'), encoding="utf-8"
+    )
     encoder = get_encoder(model_dir.name, str(model_dir.parent))
     assert encoder.decode([4]) == "<|user name|>"
 
@@ -283,7 +306,9 @@ TOKENIZER_FAULTS = {
     "vocabulary is a list": lambda content: content["model"].update(vocab=[]),
     "added tokens are numbers": lambda content: content.update(added_tokens=[1]),
     "added token without id": lambda content: content["added_tokens"][0].pop("id"),
-    "added token is half a character": lambda content: content["added_tokens"][0].update(content="\ud800"),
+    "added token is half a character": lambda content: content["added_tokens"][0].update(
+        content="\ud800"
+    ),
 }
 
 
@@ -392,22 +417,37 @@ def test_a_folder_with_brackets_and_spaces(tmp_path):
 
 def test_absent_keys_have_the_defaults_of_gpt2config(model_dir):
     sizes = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 12, "n_layer": 12}
-    tensors = {"wte.weight": (50257, 12), "wpe.weight": (1024, 12), "ln_f.weight": (12,), "ln_f.bias": (12,)}
+    tensors = {
+        "wte.weight": (50257, 12),
+        "wpe.weight": (1024, 12),
+        "ln_f.weight": (12,),
+        "ln_f.bias": (12,),
+    }
     for i in range(12):
         shapes = {"ln_1": (12,), "ln_2": (12,), "attn.c_attn": (12, 36), "attn.c_proj": (12, 12)}
         for name, shape in (shapes | {"mlp.c_fc": (12, 48), "mlp.c_proj": (48, 12)}).items():
             tensors |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[-1:]}
-    write_tensors(model_dir / WEIGHTS, {name: np.zeros(shape, np.float32) for name, shape in tensors.items()})
+    write_tensors(
+        model_dir / WEIGHTS, {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}
+    )
     (model_dir / "config.json").write_text('{"n_embd": 12}')
     _, hparams, params = load(model_dir)
-    assert hparams | {"n_vocab": 0} == {"n_vocab": 0, "n_ctx": 1024, "n_embd": 12, "n_head": 12, "n_layer": 12}
+    assert hparams | {"n_vocab": 0} == {
+        "n_vocab": 0,
+        "n_ctx": 1024,
+        "n_embd": 12,
+        "n_head": 12,
+        "n_layer": 12,
+    }
     assert len(params["blocks"]) == sizes["n_layer"]
     (model_dir / "config.json").write_text("{}")
     assert_one_line(model_dir, ValueError, "[50257, 768]")
 
 
 def test_the_old_name_of_n_positions(model_dir):
-    edit_json(model_dir / "config.json", lambda config: config.update(n_ctx=config.pop("n_positions")))
+    edit_json(
+        model_dir / "config.json", lambda config: config.update(n_ctx=config.pop("n_positions"))
+    )
     assert load(model_dir)[1]["n_ctx"] == 64
 
 
@@ -437,7 +477,10 @@ def test_a_configuration_of_the_same_computation(model_dir, key, value):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(("activation_function", value) for value in ("gelu", "relu", "gelu_fast", None, ["gelu_new"], 1)),
+        *(
+            ("activation_function", value)
+            for value in ("gelu", "relu", "gelu_fast", None, ["gelu_new"], 1)
+        ),
         *(("layer_norm_epsilon", value) for value in (1e-6, 0, "1e-05", None, math.nan, math.inf)),
         *(("scale_attn_weights", value) for value in (False, None, "true")),
         *(("scale_attn_by_inverse_layer_idx", value) for value in (True, "false")),
@@ -455,7 +498,9 @@ def test_a_configuration_of_the_same_computation(model_dir, key, value):
 def test_another_configuration_is_refused_with_its_value(model_dir, key, value):
     edit_json(model_dir / "config.json", lambda config: config.update({key: value}))
     message = assert_one_line(model_dir, ValueError)
-    if not (key == "n_inner" or (type(value) is int and value > 0)):  # else a tensor has another shape
+    if not (
+        key == "n_inner" or (type(value) is int and value > 0)
+    ):  # else a tensor has another shape
         assert str(model_dir / "config.json") in message
         assert key in message.replace("n_vocab", "vocab_size").replace("n_ctx", "n_positions")
         assert repr(value) in message
@@ -523,7 +568,9 @@ HEADER_FAULTS = {
     "overlap": move(-4, -4),
     "overlap at the end": move(0, 4),
     "gap": move(4, 4),
-    "offsets of another tensor": lambda header: header[C_FC].update(header["transformer.h.0.mlp.c_fc.weight"]),
+    "offsets of another tensor": lambda header: header[C_FC].update(
+        header["transformer.h.0.mlp.c_fc.weight"]
+    ),
     "far outside": move(10**6, 10**6),
     "far outside, huge": move(2**62, 2**62),
     "wrapping around": move(2**64, 2**64),
@@ -577,9 +624,13 @@ HEADER_FAULTS = {
     "tensor of another name": rename("transformer.h.1.mlp.c_fc.Weight"),
     "tensor of a third layer": rename("transformer.h.2.mlp.c_fc.weight"),
     "prefix twice": rename("transformer." + C_FC),
-    "more layers": lambda header: header.update({"h.2.ln_1.weight": header.pop("transformer.h.1.ln_1.weight")}),
+    "more layers": lambda header: header.update(
+        {"h.2.ln_1.weight": header.pop("transformer.h.1.ln_1.weight")}
+    ),
     "name with a newline": rename("a\nb"),
-    "faulty entry of a name with a newline": lambda header: header.update({"a\nb": header[C_FC] | {"shape": [-1]}}),
+    "faulty entry of a name with a newline": lambda header: header.update(
+        {"a\nb": header[C_FC] | {"shape": [-1]}}
+    ),
     "metadata is a tensor": rename("__metadata__"),
 }
 
@@ -607,9 +658,14 @@ HEADERS = {
     "byte order mark": b"\xef\xbb\xbf{}",
     "deep nesting": b"[" * 100_000,
     "deep nesting of objects": b'{"a":' * 100_000,
-    "deep nesting of a shape": b'{"a": {"data_offsets": [0, 4], "shape": ' + b"[" * 900 + b"]" * 900 + b"}}",
+    "deep nesting of a shape": b'{"a": {"data_offsets": [0, 4], "shape": '
+    + b"[" * 900
+    + b"]" * 900
+    + b"}}",
     "deep nesting of offsets": b'{"a": {"data_offsets": ' + b"[" * 900 + b"]" * 900 + b"}}",
-    "long number": b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 4]}}',
+    "long number": b'{"a": {"dtype": "F32", "shape": ['
+    + b"9" * 5000
+    + b'], "data_offsets": [0, 4]}}',
     "zeros": bytes(100),
 }
 
@@ -684,7 +740,9 @@ def test_a_missing_part(copy, number):
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "config.json", WEIGHTS])
 def test_a_missing_file_is_named(model_dir, name):
     (model_dir / name).unlink()
-    named = {"vocab.json": r"vocab\.json|encoder\.json", WEIGHTS: r"safetensors"}.get(name, re.escape(name))
+    named = {"vocab.json": r"vocab\.json|encoder\.json", WEIGHTS: r"safetensors"}.get(
+        name, re.escape(name)
+    )
     message = assert_one_line(model_dir, FileNotFoundError)
     assert re.search(named, message)
 
@@ -726,7 +784,12 @@ def test_no_flipped_bit_in_a_header_gives_wrong_parameters(copy, model):
 def test_no_cut_file_loads(model_dir):
     path, rng = model_dir / WEIGHTS, random.Random(0)
     content = path.read_bytes()
-    for length in [*range(12), len(content) - 1, len(content) - 4, *rng.sample(range(len(content)), N_FLIPS)]:
+    for length in [
+        *range(12),
+        len(content) - 1,
+        len(content) - 4,
+        *rng.sample(range(len(content)), N_FLIPS),
+    ]:
         path.write_bytes(content[:length])
         assert_one_line(model_dir, ValueError, WEIGHTS)
 
@@ -753,7 +816,11 @@ def test_damaged_json_and_merges_give_one_line(copy, model, name):
 @pytest.mark.parametrize(
     ("model", "name"),
     [
-        *((model, name) for model in ("whole", "special_tokens_first") for name in ("vocab.json", "merges.txt")),
+        *(
+            (model, name)
+            for model in ("whole", "special_tokens_first")
+            for name in ("vocab.json", "merges.txt")
+        ),
         ("tokenizer_json", "tokenizer.json"),
     ],
 )
@@ -845,7 +912,9 @@ def known(tmp_path, monkeypatch):
     for name, array in TENSORS.items():
         last = "b" if name.endswith("bias") else "g" if "ln_" in name else "w"
         path = re.sub(r"^h/(\d+)", r"h\1", name.replace(".", "/"))
-        variables[re.sub(r"(?<=w[tp]e)/w$", "", re.sub(r"(weight|bias)$", last, path))] = array.tobytes()
+        variables[re.sub(r"(?<=w[tp]e)/w$", "", re.sub(r"(weight|bias)$", last, path))] = (
+            array.tobytes()
+        )
     data = b"".join(variables[name] for name in sorted(variables))
     (folder / DATA).write_bytes(data)
     monkeypatch.setitem(utils.KNOWN_DATA, tuple(SIZES.values()), hashlib.sha256(data).hexdigest())

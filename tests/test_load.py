@@ -27,7 +27,11 @@ from helpers import (
 import utils
 from utils import load_encoder_hparams_and_params, load_gpt2_params_from_tf_ckpt
 
-DATA, INDEX, RECORD = "model.ckpt.data-00000-of-00001", "model.ckpt.index", "model.ckpt.verified.json"
+DATA, INDEX, RECORD = (
+    "model.ckpt.data-00000-of-00001",
+    "model.ckpt.index",
+    "model.ckpt.verified.json",
+)
 N_FLIPS = int(os.environ.get("NPGPT_FLIPS", 50))  # for a long run: 200
 
 
@@ -56,7 +60,9 @@ def no_tensorflow(monkeypatch):
     """A function: after it is called, a load through TensorFlow fails the test."""
 
     def call():
-        monkeypatch.setattr(utils, "_read_with_tensorflow", lambda *_: pytest.fail("TensorFlow was used"))
+        monkeypatch.setattr(
+            utils, "_read_with_tensorflow", lambda *_: pytest.fail("TensorFlow was used")
+        )
 
     return call
 
@@ -99,7 +105,9 @@ def test_a_fine_tuned_model_under_a_published_name(tmp_path):
 
 
 def test_a_checkpoint_saved_under_another_path(model_dir):
-    (model_dir / "checkpoint").write_text('model_checkpoint_path: "/home/someone/run1/model.ckpt"\n')
+    (model_dir / "checkpoint").write_text(
+        'model_checkpoint_path: "/home/someone/run1/model.ckpt"\n'
+    )
     assert_params(load(model_dir)[2])
 
 
@@ -109,7 +117,9 @@ def test_a_folder_with_brackets_and_spaces(small_model, tmp_path):
 
 def test_a_checkpoint_that_is_not_a_plain_concatenation(model_dir):
     """A string variable, which has no fixed length, comes first: every load goes through TensorFlow."""
-    save_variables(model_dir / "model.ckpt", random_variables(SMALL_HPARAMS) | {"a": np.array(b"text", object)})
+    save_variables(
+        model_dir / "model.ckpt", random_variables(SMALL_HPARAMS) | {"a": np.array(b"text", object)}
+    )
     for _ in range(2):
         _, _, params = load(model_dir)
         assert_params(params)
@@ -137,7 +147,9 @@ def save_in_shards(prefix, variables):
     for i, some in enumerate((names[:9], names[9:])):
         parts.append(str(prefix.parent / f"part{i}"))
         tensors = [tf.constant(variables[name]) for name in some]
-        tf.raw_ops.SaveV2(prefix=parts[-1], tensor_names=some, shape_and_slices=[""] * len(some), tensors=tensors)
+        tf.raw_ops.SaveV2(
+            prefix=parts[-1], tensor_names=some, shape_and_slices=[""] * len(some), tensors=tensors
+        )
     tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=parts, destination_prefix=str(prefix))
 
 
@@ -158,15 +170,22 @@ def test_a_missing_shard_is_named(model_dir):
     assert "delete" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["m[1]", "a b", "it's", 'say "hi"', "tab\tbed", "back\\slash", "näme"])
+@pytest.mark.parametrize(
+    "name", ["m[1]", "a b", "it's", 'say "hi"', "tab\tbed", "back\\slash", "näme"]
+)
 def test_unusual_names_of_checkpoints(tmp_path, name):
     model_dir = write_model(tmp_path / "small")
     for path in model_dir.glob("model.ckpt.*"):
         path.rename(model_dir / path.name.replace("model.ckpt", name))
     for quote in "\"'":
         escaped = name.replace("\\", "\\\\").replace(quote, "\\" + quote).replace("\t", "\\t")
-        escaped = "".join(char if char.isascii() else "".join(f"\\{b:03o}" for b in char.encode()) for char in escaped)
-        (model_dir / "checkpoint").write_text(f"  model_checkpoint_path:  {quote}{escaped}{quote}\n")
+        escaped = "".join(
+            char if char.isascii() else "".join(f"\\{b:03o}" for b in char.encode())
+            for char in escaped
+        )
+        (model_dir / "checkpoint").write_text(
+            f"  model_checkpoint_path:  {quote}{escaped}{quote}\n"
+        )
         assert_params(load(model_dir)[2])
 
 
@@ -182,7 +201,9 @@ def test_a_models_dir_with_a_backslash(small_model, tmp_path):
 def test_a_float16_checkpoint_of_odd_width(tmp_path):
     hparams = SMALL_HPARAMS | {"n_embd": 9}
     model_dir = write_model(tmp_path / "half", hparams)
-    variables = {name: array.astype(np.float16) for name, array in random_variables(hparams).items()}
+    variables = {
+        name: array.astype(np.float16) for name, array in random_variables(hparams).items()
+    }
     save_variables(model_dir / "model.ckpt", variables)
     for name, array in flat(load(model_dir)[2]).items():
         assert array.dtype == np.float32
@@ -190,7 +211,9 @@ def test_a_float16_checkpoint_of_odd_width(tmp_path):
 
 
 def test_arrays_are_aligned_whatever_else_is_in_the_checkpoint(model_dir):
-    save_variables(model_dir / "model.ckpt", random_variables(SMALL_HPARAMS) | {"a": np.array(True)})
+    save_variables(
+        model_dir / "model.ckpt", random_variables(SMALL_HPARAMS) | {"a": np.array(True)}
+    )
     for _ in range(2):
         params = load(model_dir)[2]
         assert_params(params)
@@ -199,7 +222,9 @@ def test_arrays_are_aligned_whatever_else_is_in_the_checkpoint(model_dir):
 
 def test_a_published_name_requires_the_published_hparams(model_dir, monkeypatch):
     published = model_dir.rename(model_dir.with_name("124M"))
-    with pytest.raises(ValueError, match=r"hparams\.json does not have the values of the published 124M"):
+    with pytest.raises(
+        ValueError, match=r"hparams\.json does not have the values of the published 124M"
+    ):
         load(published)
     monkeypatch.setenv("GPT2_ALLOW_UNVERIFIED", "1")
     assert_params(load(published)[2])
@@ -237,7 +262,9 @@ def rewrite(variables_change):
 
 def hparams(**changes):
     def damage(model_dir):
-        values = {key: value for key, value in (SMALL_HPARAMS | changes).items() if value is not None}
+        values = {
+            key: value for key, value in (SMALL_HPARAMS | changes).items() if value is not None
+        }
         (model_dir / "hparams.json").write_text(json.dumps(values))
 
     return damage
@@ -272,8 +299,14 @@ FAULTS = {
     "huge": (hparams(n_layer=10**9), "h2/ln_1/g is missing"),
     "layers ignored": (hparams(n_layer=1), "has more layers than n_layer, which is 1"),
     "huge vocabulary": (hparams(n_vocab=10**30), "has 269 tokens, but n_vocab is 1000000"),
-    "huge context": (hparams(n_ctx=10**30), r"model/wpe has shape \[32, 12\], expected shape \[1000000"),
-    "hparams of another shape": (hparams(n_ctx=31), r"model/wpe has shape \[32, 12\], expected shape \[31, 12\]"),
+    "huge context": (
+        hparams(n_ctx=10**30),
+        r"model/wpe has shape \[32, 12\], expected shape \[1000000",
+    ),
+    "hparams of another shape": (
+        hparams(n_ctx=31),
+        r"model/wpe has shape \[32, 12\], expected shape \[31, 12\]",
+    ),
     "hparams missing": (hparams(n_embd=None), "hparams.json has no n_embd"),
     "hparams negative": (hparams(n_layer=-1), "n_layer must be a whole number, 1 or more, got -1"),
     "hparams zero": (hparams(n_head=0), "n_head must be .* got 0"),
@@ -289,7 +322,10 @@ FAULTS = {
     "index of something else": (file(INDEX, b"x" * 500), "model.ckpt.index is damaged"),
     "index of another size": (of_another_size(INDEX), r"\[269, 24\], expected shape \[269, 12\]"),
     "data of another size": (of_another_size(DATA), "model.ckpt.data.* is damaged"),
-    "both of another size": (of_another_size(INDEX, DATA), r"\[269, 24\], expected shape \[269, 12\]"),
+    "both of another size": (
+        of_another_size(INDEX, DATA),
+        r"\[269, 24\], expected shape \[269, 12\]",
+    ),
     "data cut": (cut(DATA, 10_000), "model.ckpt.data-00000-of-00001 is damaged"),
 }
 
@@ -306,7 +342,9 @@ def test_faults_are_one_line_that_names_the_file(model_dir, fault, recorded):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "encoder.json", "vocab.bpe", "hparams.json", DATA, INDEX])
+@pytest.mark.parametrize(
+    "name", ["checkpoint", "encoder.json", "vocab.bpe", "hparams.json", DATA, INDEX]
+)
 def test_missing_files_are_named(model_dir, name):
     (model_dir / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
@@ -327,7 +365,9 @@ def fails_or_is_right(model_dir):
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-@pytest.mark.parametrize("name", [DATA, INDEX, "hparams.json", "encoder.json", "vocab.bpe", "checkpoint", RECORD])
+@pytest.mark.parametrize(
+    "name", [DATA, INDEX, "hparams.json", "encoder.json", "vocab.bpe", "checkpoint", RECORD]
+)
 def test_flipped_bits_never_give_wrong_parameters(model_dir, name, recorded):
     if recorded or name == RECORD:
         load(model_dir)
@@ -345,7 +385,9 @@ def test_flipped_bits_never_give_wrong_parameters(model_dir, name, recorded):
     assert fails_or_is_right(model_dir)
 
 
-@pytest.mark.parametrize("name", [DATA, INDEX, "hparams.json", "encoder.json", "vocab.bpe", "checkpoint", RECORD])
+@pytest.mark.parametrize(
+    "name", [DATA, INDEX, "hparams.json", "encoder.json", "vocab.bpe", "checkpoint", RECORD]
+)
 def test_truncated_files_never_give_wrong_parameters(model_dir, name):
     load(model_dir)
     path = model_dir / name
@@ -385,7 +427,9 @@ def test_a_changed_data_file_is_verified_again(model_dir, monkeypatch, change, r
     change(model_dir / DATA)
     asked = []
     through = utils._read_with_tensorflow
-    monkeypatch.setattr(utils, "_read_with_tensorflow", lambda *args: asked.append(1) or through(*args))
+    monkeypatch.setattr(
+        utils, "_read_with_tensorflow", lambda *args: asked.append(1) or through(*args)
+    )
     assert fails_or_is_right(model_dir) == right
     assert asked or not right
 
@@ -474,7 +518,16 @@ def test_code_in_model_files_is_never_executed(small_model, tmp_path):
     eval(attacks[1]).close()
     marker.unlink()
     models = []
-    for name in (DATA, INDEX, RECORD, "hparams.json", "encoder.json", "vocab.bpe", "checkpoint", "pytorch_model.bin"):
+    for name in (
+        DATA,
+        INDEX,
+        RECORD,
+        "hparams.json",
+        "encoder.json",
+        "vocab.bpe",
+        "checkpoint",
+        "pytorch_model.bin",
+    ):
         for attack in attacks:
             models.append(f"model{len(models)}")
             model_dir = copy_model(small_model, tmp_path / "models" / models[-1])
@@ -484,7 +537,9 @@ def test_code_in_model_files_is_never_executed(small_model, tmp_path):
     assert seen == "[]"
     assert not marker.exists()
     assert [line.split()[1] for line in loads] == models
-    assert sum(line.startswith("loaded") for line in loads) == 4  # with another RECORD or pytorch_model.bin
+    assert (
+        sum(line.startswith("loaded") for line in loads) == 4
+    )  # with another RECORD or pytorch_model.bin
 
 
 def test_tensorflow_is_silent_and_used_once(model_dir):

@@ -24,7 +24,9 @@ def assert_log_probs(ids, params, n_head, exact):
     result = gpt2.log_probs(ids, params, n_head)
     assert result.dtype == np.float32
     assert result.shape == (len(ids) - 1,)
-    np.testing.assert_allclose(result, exact, rtol=0, atol=1e-4 * max(1, np.abs(exact).max(initial=0)))
+    np.testing.assert_allclose(
+        result, exact, rtol=0, atol=1e-4 * max(1, np.abs(exact).max(initial=0))
+    )
 
 
 @pytest.mark.parametrize("name", REFERENCE_MODELS)
@@ -32,7 +34,9 @@ def test_one_window_matches_transformers_logits(reference, name):
     params, n_head = random_params(REFERENCE_MODELS[name]), REFERENCE_MODELS[name]["n_head"]
     ids, logits = reference[f"{name}/ids"].tolist(), reference[f"{name}/logits"].astype(np.float64)
     exact = logits[np.arange(len(ids)), [*ids[1:], 3]] - np.log(np.exp(logits).sum(-1))
-    assert_log_probs([*ids, 3], params, n_head, exact)  # n_ctx + 1 ids, of which the last is not an input
+    assert_log_probs(
+        [*ids, 3], params, n_head, exact
+    )  # n_ctx + 1 ids, of which the last is not an input
     assert_log_probs(ids[:1], params, n_head, exact[:0])
     assert_log_probs(np.array(ids), params, n_head, exact[:-1])
 
@@ -47,9 +51,17 @@ def test_long_texts_match_transformers(reference, name):
 
 @pytest.mark.parametrize("n_ctx", [1, 2, 3, 8, 9, 40])
 def test_every_length_matches_the_float64_loop(n_ctx):
-    params = random_params({"n_vocab": 50, "n_ctx": n_ctx, "n_embd": 12, "n_head": 3, "n_layer": 1}, seed=n_ctx)
+    params = random_params(
+        {"n_vocab": 50, "n_ctx": n_ctx, "n_embd": 12, "n_head": 3, "n_layer": 1}, seed=n_ctx
+    )
     text = np.random.default_rng(n_ctx).integers(0, 50, 3 * n_ctx + 4).tolist()
-    for n in {1, 2, 3, *range(max(1, n_ctx - 1), n_ctx + 5), *range(2 * n_ctx - 2, 3 * n_ctx + 5)} - {0}:
+    for n in {
+        1,
+        2,
+        3,
+        *range(max(1, n_ctx - 1), n_ctx + 5),
+        *range(2 * n_ctx - 2, 3 * n_ctx + 5),
+    } - {0}:
         assert_log_probs(text[:n], params, 3, exact_log_probs(text[:n], params, 3))
 
 

@@ -68,7 +68,9 @@ def inside(request):
     """(ids, params, n_head, attention weights, logit lens), the last two by transformers"""
     hparams = REFERENCE_MODELS[request.param]
     with np.load(DATA_DIR / "look.npz") as arrays:
-        ids, attention, lens = (arrays[f"{request.param}/{key}"] for key in ("ids", "attention", "lens"))
+        ids, attention, lens = (
+            arrays[f"{request.param}/{key}"] for key in ("ids", "attention", "lens")
+        )
     return ids.tolist(), random_params(hparams), hparams["n_head"], attention, lens
 
 
@@ -112,7 +114,9 @@ def test_predictions_are_those_of_gpt2(model):
 def test_packed_attention_holds_the_weights(model):
     encoder, params, n_head = model
     ids = encoder.encode(PLAIN)
-    halves = np.frombuffer(zlib.decompress(base64.b64decode(look.packed_attention(ids, params, n_head))), np.uint8)
+    halves = np.frombuffer(
+        zlib.decompress(base64.b64decode(look.packed_attention(ids, params, n_head))), np.uint8
+    )
     high, low = halves.reshape(2, len(params["blocks"]), n_head, -1).astype(int)
     rows, columns = np.tril_indices(len(ids))
     weights = look.attention_weights(ids, params, n_head)[:, :, rows, columns]
@@ -141,7 +145,14 @@ def test_characters_of_several_tokens_stay_whole():
     encoder = get_encoder("tiny", str(ROOT / "models"))
     ids = encoder.encode("a 😀é e\u0301👨‍👩‍👧\n")
     grouped = look.groups(ids, encoder)
-    assert [text.strip(" ") for text, _ in grouped if text != " "] == ["a", "😀", "é", "e\u0301", "👨‍👩‍👧", "\n"]
+    assert [text.strip(" ") for text, _ in grouped if text != " "] == [
+        "a",
+        "😀",
+        "é",
+        "e\u0301",
+        "👨‍👩‍👧",
+        "\n",
+    ]
     assert sum(n for _, n in grouped) == len(ids)
     assert look.groups(ids[:-3], encoder)[-1] == ("�", 2)  # the text ends inside a character
 
@@ -152,14 +163,18 @@ def test_characters_of_several_tokens_stay_whole():
 def run(*arguments, models_dir, stdin="", **environment):
     command = [sys.executable, "-m", "examples.look", *arguments, "--models_dir", str(models_dir)]
     environment = os.environ | {"PYTHONIOENCODING": "utf-8"} | environment
-    return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, encoding="utf-8", env=environment)
+    return subprocess.run(
+        command, cwd=ROOT, input=stdin, capture_output=True, encoding="utf-8", env=environment
+    )
 
 
 def run_on_terminal(*arguments, models_dir, **environment):
     """The output of the command on a terminal."""
     pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
     command = [sys.executable, "-m", "examples.look", *arguments, "--models_dir", str(models_dir)]
-    environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | environment
+    environment = {
+        key: value for key, value in os.environ.items() if key != "NO_COLOR"
+    } | environment
     master, slave = pty.openpty()
     with subprocess.Popen(command, cwd=ROOT, stdout=slave, env=environment):
         os.close(slave)
@@ -180,7 +195,9 @@ def test_table_in_a_pipe(model, models_dir, text):
         assert token == look.token_text(ids[i], model[0])
         assert float(prob) == pytest.approx(row[ids[i]], rel=1e-4)
         assert int(rank) == 1 + (row > row[ids[i]]).sum()
-        assert likeliest == [look.token_text(token_id, model[0]) for token_id in np.argsort(-row, kind="stable")[:3]]
+        assert likeliest == [
+            look.token_text(token_id, model[0]) for token_id in np.argsort(-row, kind="stable")[:3]
+        ]
 
 
 def test_view_on_a_terminal(models_dir):
@@ -190,7 +207,9 @@ def test_view_on_a_terminal(models_dir):
     assert PLAIN.replace("\n", "↵\n") in plain
     assert "Most surprising" in plain
     assert "█" in plain
-    assert re.fullmatch(r"\d+ tokens, perplexity [\d.]+, [\d.]+ bits per byte", plain.strip().split("\n")[-1])
+    assert re.fullmatch(
+        r"\d+ tokens, perplexity [\d.]+, [\d.]+ bits per byte", plain.strip().split("\n")[-1]
+    )
     without = run_on_terminal(PLAIN, "--model_size", "small", models_dir=models_dir, NO_COLOR="1")
     assert "\033" not in without
     assert PLAIN in without
@@ -211,7 +230,11 @@ def test_text_cannot_control_the_terminal(model):
         (["x", "--htm", "page"], 2, "--htm"),
         (["", "--model_size", "small"], 1, "the text is empty"),
         (["x", "--model_size", "absent"], 1, "absent"),
-        (["x", "--model_size", "small", "--html", "no/such/folder.html"], 1, "cannot write no/such/folder.html"),
+        (
+            ["x", "--model_size", "small", "--html", "no/such/folder.html"],
+            1,
+            "cannot write no/such/folder.html",
+        ),
     ],
 )
 def test_errors_are_one_line(models_dir, arguments, status, message):
@@ -222,7 +245,16 @@ def test_errors_are_one_line(models_dir, arguments, status, message):
 
 
 def test_standard_input_must_be_utf8(models_dir):
-    command = [sys.executable, "-m", "examples.look", "-", "--model_size", "small", "--models_dir", str(models_dir)]
+    command = [
+        sys.executable,
+        "-m",
+        "examples.look",
+        "-",
+        "--model_size",
+        "small",
+        "--models_dir",
+        str(models_dir),
+    ]
     result = subprocess.run(command, cwd=ROOT, input=b"a\xff", capture_output=True)
     assert result.returncode == 1
     assert result.stderr.startswith(b"look.py: the text is not UTF-8")
@@ -237,7 +269,10 @@ def test_vocabulary_without_start(model):
 def test_text_longer_than_the_context(models_dir, model):
     result = run("-", "--model_size", "small", models_dir=models_dir, stdin="x" * 500)
     assert result.stdout.count("\n") == 399
-    assert result.stderr == "look.py: only the first 399 tokens fit into the context; 101 are left out\n"
+    assert (
+        result.stderr
+        == "look.py: only the first 399 tokens fit into the context; 101 are left out\n"
+    )
 
 
 def test_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -282,7 +317,11 @@ def opened(browser, model, tmp_path):
     yield open_text
     assert browser.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    urls = {each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"}
+    urls = {
+        each["params"]["request"]["url"]
+        for each in messages
+        if each["method"] == "Network.requestWillBeSent"
+    }
     assert urls == {path.as_uri()}
     assert browser.title == "What GPT-2 sees"
 
@@ -302,7 +341,9 @@ def check_place(browser, place, ids, probs, encoder):
     assert shown(browser, "#rank") == [f"{rank} of {len(row)}"]
     ten = [look.label(token_id, encoder) for token_id in order[:10]]
     assert shown(browser, "#likeliest .piece")[:10] == ten
-    assert shown(browser, "#likeliest td:last-child")[:10] == [look.percent(p) for p in row[order[:10]]]
+    assert shown(browser, "#likeliest td:last-child")[:10] == [
+        look.percent(p) for p in row[order[:10]]
+    ]
 
 
 def test_pointer_and_keyboard_show_the_numbers(opened, model):
@@ -317,13 +358,20 @@ def test_pointer_and_keyboard_show_the_numbers(opened, model):
         check_place(browser, place, ids, probs, model[0])
     ActionChains(browser).move_to_element(browser.find_element("css selector", "h1")).perform()
     tokens[3].click()
-    for key, place in ((Keys.ARROW_RIGHT, 4), (Keys.ARROW_RIGHT, 5), (Keys.ARROW_LEFT, 4), (Keys.HOME, 0)):
+    for key, place in (
+        (Keys.ARROW_RIGHT, 4),
+        (Keys.ARROW_RIGHT, 5),
+        (Keys.ARROW_LEFT, 4),
+        (Keys.HOME, 0),
+    ):
         browser.switch_to.active_element.send_keys(key)
         assert browser.switch_to.active_element == tokens[place]
         if place:
             check_place(browser, place, ids, probs, model[0])
     browser.switch_to.active_element.send_keys(Keys.END)
-    ten = [look.label(token_id, model[0]) for token_id in np.argsort(-probs[-1], kind="stable")[:10]]
+    ten = [
+        look.label(token_id, model[0]) for token_id in np.argsort(-probs[-1], kind="stable")[:10]
+    ]
     assert shown(browser, "#likeliest .piece") == ten
     browser.switch_to.active_element.send_keys(Keys.ARROW_UP)
     assert browser.switch_to.active_element.rect["y"] < tokens[-1].rect["y"] - 10
@@ -333,18 +381,26 @@ def test_lens_and_attention_show_the_numbers(opened, model):
     encoder, params, n_head = model
     browser = opened(PLAIN)
     ids, _ = expected_predictions(PLAIN, model)
-    lens, weights = look.logit_lens(ids, params, n_head), look.attention_weights(ids, params, n_head)
+    lens, weights = (
+        look.logit_lens(ids, params, n_head),
+        look.attention_weights(ids, params, n_head),
+    )
     place = 6
     browser.find_elements("css selector", ".token")[place].click()
     first = [look.label(int(row.argmax()), encoder) for row in lens[:, place - 1]]
     assert shown(browser, "#lens td:nth-child(2)") == first
     ranks = [f"{1 + (row > row[ids[place]]).sum()}" for row in lens[:, place - 1]]
     assert shown(browser, "#lens td.number") == ranks
-    assert len(browser.find_elements("css selector", "#grid button")) == weights.shape[0] * weights.shape[1]
+    assert (
+        len(browser.find_elements("css selector", "#grid button"))
+        == weights.shape[0] * weights.shape[1]
+    )
     browser.find_element("css selector", "[aria-label='Layer 2, head 3']").click()
     looks = weights[1, 2, place]
     order = np.argsort(-looks[: place + 1], kind="stable")[:5]
-    assert shown(browser, "#attended td:last-child") == [look.percent(round(65535 * w) / 65535) for w in looks[order]]
+    assert shown(browser, "#attended td:last-child") == [
+        look.percent(round(65535 * w) / 65535) for w in looks[order]
+    ]
     assert shown(browser, "#attended .piece") == [look.label(ids[i], encoder) for i in order]
     drawn = "return tokens.map((token) => Number(token.style.getPropertyValue('--weight')) ** 2)"
     np.testing.assert_allclose(browser.execute_script(drawn), [*looks, 0], atol=1e-5)

@@ -25,7 +25,9 @@ import gpt2
 def model(request, reference):
     """(params, n_head, ids, logits, greedy continuation of the first five ids)"""
     hparams = REFERENCE_MODELS[request.param]
-    ids, logits, greedy = (reference[f"{request.param}/{key}"] for key in ("ids", "logits", "greedy"))
+    ids, logits, greedy = (
+        reference[f"{request.param}/{key}"] for key in ("ids", "logits", "greedy")
+    )
     return random_params(hparams), hparams["n_head"], ids.tolist(), logits, greedy.tolist()
 
 
@@ -36,7 +38,9 @@ def test_logits_match_transformers(model):
 
 def test_float64_oracle_matches_transformers(model):
     params, n_head, ids, logits, _ = model
-    np.testing.assert_allclose(float64_gpt2(ids, params, n_head), logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+    np.testing.assert_allclose(
+        float64_gpt2(ids, params, n_head), logits, rtol=0, atol=1e-5 * np.abs(logits).max()
+    )
 
 
 def test_logits_of_a_long_text_match_the_oracle():
@@ -46,7 +50,9 @@ def test_logits_of_a_long_text_match_the_oracle():
     exact = float64_gpt2(ids, params, 2)
     assert_close(gpt2.gpt2(ids, **params, n_head=2), exact)
     cache = gpt2.KVCache(params, 2)
-    parts = [gpt2.gpt2(part, **params, n_head=2, cache=cache) for part in np.split(ids, [1, 140, 203])]
+    parts = [
+        gpt2.gpt2(part, **params, n_head=2, cache=cache) for part in np.split(ids, [1, 140, 203])
+    ]
     assert_close(np.concatenate(parts), exact)
 
 
@@ -85,7 +91,10 @@ def test_logits_of_the_last_positions(model, n_out, cached, monkeypatch):
     last = gpt2.gpt2(rows, **params, n_head=n_head, cache=cache, n_out=n_out)
     assert_close(last, np.stack([logits[9 - n_out : 9]] * 2))
     if cached:  # the cache holds all positions
-        assert_close(gpt2.gpt2(np.array([ids[9:11]] * 2), **params, n_head=n_head, cache=cache)[1], logits[9:11])
+        assert_close(
+            gpt2.gpt2(np.array([ids[9:11]] * 2), **params, n_head=n_head, cache=cache)[1],
+            logits[9:11],
+        )
 
 
 def test_tokens_do_not_see_later_tokens(model):
@@ -105,10 +114,15 @@ def test_inputs_and_parameters_are_not_modified(model):
     assert_close(gpt2.gpt2(inputs, **read_only, n_head=n_head), logits)
 
 
-X = np.linspace(-12, 12, 3 * 35 * 6, dtype=np.float32).reshape(3, 35, 6)  # 105 rows: three blocks of 32 and one of 9
+X = np.linspace(-12, 12, 3 * 35 * 6, dtype=np.float32).reshape(
+    3, 35, 6
+)  # 105 rows: three blocks of 32 and one of 9
 G, B = np.linspace(0.5, 2, 6, dtype=np.float32), np.linspace(-1, 1, 6, dtype=np.float32)
 W = np.linspace(-1, 1, 30, dtype=np.float32).reshape(6, 5)
-C_FC = {"w": np.sin(np.arange(6 * 24, dtype=np.float32)).reshape(6, 24), "b": np.zeros(24, np.float32)}
+C_FC = {
+    "w": np.sin(np.arange(6 * 24, dtype=np.float32)).reshape(6, 24),
+    "b": np.zeros(24, np.float32),
+}
 C_PROJ = {"w": np.cos(np.arange(24 * 6, dtype=np.float32)).reshape(24, 6), "b": B}
 FORMULAS = {
     "gelu": (float64_gelu, ()),
@@ -127,7 +141,9 @@ def test_functions_match_their_formulas_in_float32(name, x):
     result = getattr(gpt2, name)(x, *arguments)
     assert result.dtype == np.float32
     np.testing.assert_array_equal(x, before)
-    np.testing.assert_allclose(result, exact(x.astype(np.float64), *arguments), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(
+        result, exact(x.astype(np.float64), *arguments), rtol=2e-5, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -135,7 +151,9 @@ def test_functions_match_their_formulas_in_float32(name, x):
 def test_functions_take_integers(name, shape):
     exact, arguments = FORMULAS[name]
     x = np.arange(math.prod(shape)).reshape(shape) % 11 - 5
-    np.testing.assert_allclose(getattr(gpt2, name)(x, *arguments), exact(x, *arguments), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        getattr(gpt2, name)(x, *arguments), exact(x, *arguments), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_softmax_does_not_overflow():
@@ -150,9 +168,13 @@ def test_attention_matches_its_formula_in_float32():
     for head in range(2):
         for i in range(4):
             scores = [math.exp(float(q[head, i] @ k[head, j]) / math.sqrt(8)) for j in range(i + 1)]
-            expected = sum(score * v[head, j].astype(np.float64) for j, score in enumerate(scores)) / sum(scores)
+            expected = sum(
+                score * v[head, j].astype(np.float64) for j, score in enumerate(scores)
+            ) / sum(scores)
             np.testing.assert_allclose(result[head, i], expected, rtol=1e-5, atol=1e-6)
-    all_visible = gpt2.attention(q, k, v)  # the last query sees the same keys with and without the mask
+    all_visible = gpt2.attention(
+        q, k, v
+    )  # the last query sees the same keys with and without the mask
     np.testing.assert_allclose(all_visible[:, -1], result[:, -1], rtol=1e-6)
     assert np.abs(all_visible[:, 0] - result[:, 0]).max() > 0.1
 
@@ -177,7 +199,16 @@ def test_every_stage_is_float32(model, monkeypatch):
 
         return call
 
-    stages = ["gelu", "softmax", "layer_norm", "linear", "ffn", "attention", "mha", "transformer_block"]
+    stages = [
+        "gelu",
+        "softmax",
+        "layer_norm",
+        "linear",
+        "ffn",
+        "attention",
+        "mha",
+        "transformer_block",
+    ]
     for name in stages:
         monkeypatch.setattr(gpt2, name, watched(getattr(gpt2, name)))
     cache = gpt2.KVCache(params, n_head)
@@ -231,7 +262,10 @@ def test_callers_numpy_error_settings_do_not_matter(model):
     with np.errstate(all="raise"):
         assert_close(gpt2.gpt2(ids, **params, n_head=n_head), logits)
         assert gpt2.generate(ids[:5], params, n_head, len(greedy)) == greedy
-        assert gpt2.generate(ids[:5], params, n_head, 3, temperature=1e-30, top_p=0.5, top_k=9, seed=0) == greedy[:3]
+        assert (
+            gpt2.generate(ids[:5], params, n_head, 3, temperature=1e-30, top_p=0.5, top_k=9, seed=0)
+            == greedy[:3]
+        )
         assert np.isfinite(gpt2.log_probs(ids * 3, params, n_head)).all()
 
 
@@ -247,5 +281,7 @@ def test_damaged_parameters_raise(value):
 def test_importing_stays_light(module):
     heavy = {"tensorflow", "requests", "fire", "tqdm", "utils"}
     code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert result.stdout == "[]\n"

@@ -12,7 +12,9 @@ import gpt2
 import utils
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXCERPT, *SNIPPETS = re.findall(r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```)?", README, re.MULTILINE | re.DOTALL)
+EXCERPT, *SNIPPETS = re.findall(
+    r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```)?", README, re.MULTILINE | re.DOTALL
+)
 QUICK_START = re.search(r"prints:\n\n```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -27,7 +29,9 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(("snippet", "output"), SNIPPETS)
 def test_snippets_print_what_is_shown(folder, snippet, output):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{snippet}"
-    result = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=folder, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=folder, capture_output=True, text=True
+    )
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == output
 

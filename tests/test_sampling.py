@@ -32,7 +32,9 @@ def standard_deviations(chi_squared, freedom):
     return ((chi_squared / freedom) ** (1 / 3) - (1 - variance)) / math.sqrt(variance)
 
 
-@pytest.mark.parametrize("options", [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 4, 1.0), (1.0, 0, 0.7), (1.5, 6, 0.8)])
+@pytest.mark.parametrize(
+    "options", [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 4, 1.0), (1.0, 0, 0.7), (1.5, 6, 0.8)]
+)
 def test_samples_have_the_exact_probabilities(options):
     """Chi-squared test over a vocabulary of eight. A correct sampler fails it once in a million runs."""
     temperature, top_k, top_p = options
@@ -130,7 +132,9 @@ def loop(prompt, params, n_head, n, rng, stop_id=None, **options):
     n_ctx = len(params["wpe"])
     window, new_ids = list(prompt)[-n_ctx:], []
     for _ in range(n):
-        new_id = gpt2.sample(float64_gpt2(window, params, n_head)[-1], rng, **{"temperature": 0} | options)
+        new_id = gpt2.sample(
+            float64_gpt2(window, params, n_head)[-1], rng, **{"temperature": 0} | options
+        )
         if new_id == stop_id:
             break
         new_ids.append(new_id)
@@ -148,7 +152,9 @@ def loop(prompt, params, n_head, n, rng, stop_id=None, **options):
     ids=["greedy", "sampled", "top_k and top_p"],
 )
 def test_generation_beyond_the_context_follows_the_documented_rule(n_ctx, n_prompt, options):
-    params = random_params({"n_vocab": 50, "n_ctx": n_ctx, "n_embd": 12, "n_head": 3, "n_layer": 2}, seed=n_ctx)
+    params = random_params(
+        {"n_vocab": 50, "n_ctx": n_ctx, "n_embd": 12, "n_head": 3, "n_layer": 2}, seed=n_ctx
+    )
     prompt, n = np.random.default_rng(n_prompt).integers(0, 50, n_prompt).tolist(), 30
     rngs = [np.random.default_rng(seed) for seed in np.random.SeedSequence(4).spawn(3)]
     expected = [loop(prompt, params, 3, n, rng, **options) for rng in rngs]
@@ -157,7 +163,10 @@ def test_generation_beyond_the_context_follows_the_documented_rule(n_ctx, n_prom
     assert gpt2.generate(prompt, params, 3, n, **options, **seed, n_samples=3) == expected
     stop_id = expected[0][n // 2]
     stopped = [ids[: ids.index(stop_id)] if stop_id in ids else ids for ids in expected]
-    assert gpt2.generate(prompt, params, 3, n, **options, **seed, n_samples=3, stop_id=stop_id) == stopped
+    assert (
+        gpt2.generate(prompt, params, 3, n, **options, **seed, n_samples=3, stop_id=stop_id)
+        == stopped
+    )
 
 
 def test_memory_does_not_grow_beyond_the_context(monkeypatch):
@@ -221,7 +230,9 @@ def test_each_sample_stops_on_its_own():
     steps = list(gpt2.stream(PROMPT, PARAMS, N_HEAD, 25, **options, stop_id=stop_id))
     assert [[row[i] for row in steps if row[i] is not None] for i in range(4)] == stopped
     for row, later in itertools.pairwise(steps):  # a sample does not continue after its end
-        assert all(after is None for before, after in zip(row, later, strict=True) if before is None)
+        assert all(
+            after is None for before, after in zip(row, later, strict=True) if before is None
+        )
 
 
 def count_calls(monkeypatch):

@@ -20,7 +20,21 @@ import gpt2
 from utils import load_encoder_hparams_and_params
 
 WITHOUT_DISTRIBUTED = "needs Dask: pip install distributed"
-WORDS = ["the", "and", "there", "in", "another", "range", "of", "inner", "thing", "é", "漢字", "🙂", "\0"]
+WORDS = [
+    "the",
+    "and",
+    "there",
+    "in",
+    "another",
+    "range",
+    "of",
+    "inner",
+    "thing",
+    "é",
+    "漢字",
+    "🙂",
+    "\0",
+]
 N_TEXTS = 4500  # three windows of the input
 
 
@@ -37,7 +51,9 @@ def command(model, *arguments):
 
 
 def run(model, *arguments, **kwargs):
-    return subprocess.run(command(model, *arguments), cwd=ROOT, capture_output=True, timeout=100, **kwargs)
+    return subprocess.run(
+        command(model, *arguments), cwd=ROOT, capture_output=True, timeout=100, **kwargs
+    )
 
 
 def score(model, path, *arguments, status=0):
@@ -103,7 +119,9 @@ def float64_nats(ids, params, n_head):
 
     def norm(x, g, b):
         centred = x - x.mean(-1, keepdims=True)
-        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * np.float64(g) + np.float64(b)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * np.float64(
+            g
+        ) + np.float64(b)
 
     def dense(x, w, b):
         return x @ np.float64(w) + np.float64(b)
@@ -111,7 +129,9 @@ def float64_nats(ids, params, n_head):
     x = p["wte"][ids[:-1]] + p["wpe"][: len(ids) - 1]
     for block in params["blocks"]:
         heads = []
-        for part in np.split(dense(norm(x, **block["ln_1"]), **block["attn"]["c_attn"]), 3, axis=-1):
+        for part in np.split(
+            dense(norm(x, **block["ln_1"]), **block["attn"]["c_attn"]), 3, axis=-1
+        ):
             heads.append(np.split(part, n_head, axis=-1))
         mixed = []
         for q, k, v in zip(*heads, strict=True):
@@ -136,7 +156,10 @@ def test_figures_equal_log_probs_and_a_computation_in_float64(model, tmp_path):
         ids = [encoder.encoder["<|endoftext|>"], *encoder.encode(row["text"])]
         n_tokens, nats = line["n_tokens"], line["nats"]
         assert (line["id"], n_tokens) == (row["id"], len(ids) - 1)
-        assert abs(nats + gpt2.log_probs(ids, params, hparams["n_head"]).sum(dtype=np.float64)) <= 1e-4 * n_tokens
+        assert (
+            abs(nats + gpt2.log_probs(ids, params, hparams["n_head"]).sum(dtype=np.float64))
+            <= 1e-4 * n_tokens
+        )
         if len(ids) <= hparams["n_ctx"] + 1:
             assert abs(nats - float64_nats(ids, params, hparams["n_head"]).sum()) <= 1e-4 * n_tokens
         else:
@@ -182,7 +205,11 @@ HOSTILE = [  # line, part of the error or None, fields that are kept
     (b'{"text": "a\\u0000b\\n"}', None, {}),
     (b'{"text": ""}', None, {}),
     (b'{"text": "the", "error": 1, "nats": [2], "perplexity": NaN}', None, {}),
-    (b'{"text": "the", "big": 123456789012345678901234567890}', None, {"big": 123456789012345678901234567890}),
+    (
+        b'{"text": "the", "big": 123456789012345678901234567890}',
+        None,
+        {"big": 123456789012345678901234567890},
+    ),
     (b'{"text": "the"}\r', None, {}),
     (b'  {"text": "<|endoftext|>"}  ', None, {}),
     (b"", "invalid JSON", {}),
@@ -224,7 +251,9 @@ def test_hostile_lines(model, tmp_path):
 
 
 def test_another_field(model, tmp_path):
-    path = write_json_lines(tmp_path / "texts.txt", [{"nats": "the and", "text": "kept"}, {"text": "the"}])
+    path = write_json_lines(
+        tmp_path / "texts.txt", [{"nats": "the and", "text": "kept"}, {"text": "the"}]
+    )
     line, error = score(model, path, "--field", "nats", status=1)
     assert (line["text"], line["n_tokens"]) == ("kept", len(model[1].encode("the and")))
     assert error == {"text": "the", "error": 'no field "nats"'}
@@ -266,7 +295,9 @@ def test_a_missing_model(tmp_path):
 def test_a_vocabulary_without_endoftext(model, tmp_path):
     hparams = model[2] | {"n_vocab": 256}
     folder = write_model(tmp_path / "small", hparams, merges=[])
-    vocabulary = {BYTE_TO_CHAR[byte]: i for i, byte in enumerate(sorted(BYTE_TO_CHAR, key=BYTE_TO_CHAR.get))}
+    vocabulary = {
+        BYTE_TO_CHAR[byte]: i for i, byte in enumerate(sorted(BYTE_TO_CHAR, key=BYTE_TO_CHAR.get))
+    }
     (folder / "encoder.json").write_text(json.dumps(vocabulary))
     assert_one_line(run([tmp_path], "README.md"), 1, "<|endoftext|>")
 
@@ -280,7 +311,9 @@ def test_damaged_parameters(model, tmp_path):
 def test_without_distributed(model):
     blocked = "import sys; sys.modules['distributed'] = None; from examples.score import main; sys.exit(main())"
     arguments = command(model, "README.md", "--workers", "2")[3:]
-    result = subprocess.run([sys.executable, "-c", blocked, *arguments], cwd=ROOT, capture_output=True, timeout=100)
+    result = subprocess.run(
+        [sys.executable, "-c", blocked, *arguments], cwd=ROOT, capture_output=True, timeout=100
+    )
     assert_one_line(result, 1, "pip install distributed")
 
 
@@ -296,7 +329,9 @@ def corpus(model, tmp_path_factory):
     path = write_json_lines(folder / "texts.jsonl", rows)
     with open(path, "ab") as file:
         file.write(b"no JSON\n")
-    assert_one_line(run(model, path, "--output", folder / "scores.jsonl"), 1, f"1 of {N_TEXTS} texts")
+    assert_one_line(
+        run(model, path, "--output", folder / "scores.jsonl"), 1, f"1 of {N_TEXTS} texts"
+    )
     return path, (folder / "scores.jsonl").read_bytes()
 
 
@@ -314,7 +349,9 @@ def test_kills_at_random_points(model, corpus, tmp_path, seed):
             while process.poll() is None and size(output) < before + target:
                 time.sleep(0.01)
         assert expected.startswith(output.read_bytes())
-    assert_one_line(run(model, path, "--output", output), 1, f"1 of {N_TEXTS} texts could not be scored")
+    assert_one_line(
+        run(model, path, "--output", output), 1, f"1 of {N_TEXTS} texts could not be scored"
+    )
     assert output.read_bytes() == expected
 
 
@@ -357,12 +394,17 @@ def test_ctrl_c(model, corpus, tmp_path, workers):
         pytest.importorskip("distributed", reason=WITHOUT_DISTRIBUTED)
     path, expected = corpus
     output = tmp_path / "scores.jsonl"
-    arguments = command(model, path, "--output", output, *(["--workers", workers] if workers else []))
+    arguments = command(
+        model, path, "--output", output, *(["--workers", workers] if workers else [])
+    )
     with running(arguments, start_new_session=True) as process:
         wait_for(lambda: size(output))
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers, too
         _, stderr = process.communicate(timeout=30)
-    assert (process.returncode, stderr) == (130, b"score.py: interrupted; the same command continues\n")
+    assert (process.returncode, stderr) == (
+        130,
+        b"score.py: interrupted; the same command continues\n",
+    )
     assert run(model, path, "--output", output).returncode == 1
     assert output.read_bytes() == expected
 
@@ -402,8 +444,22 @@ def test_a_scheduler_that_goes_away(model, corpus, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    start = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", address, "--no-dashboard"]
-    join = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--no-nanny", "--no-dashboard"]
+    start = [
+        sys.executable,
+        "-m",
+        "distributed.cli.dask_scheduler",
+        "--host",
+        address,
+        "--no-dashboard",
+    ]
+    join = [
+        sys.executable,
+        "-m",
+        "distributed.cli.dask_worker",
+        address,
+        "--no-nanny",
+        "--no-dashboard",
+    ]
     quiet = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(start, **quiet) as scheduler, subprocess.Popen(join, **quiet) as worker:
         try:
@@ -429,7 +485,9 @@ def test_the_progress_bar(model, corpus, tmp_path):
     pty = pytest.importorskip("pty", reason="needs a terminal")
     ours, theirs = pty.openpty()
     termios = pytest.importorskip("termios", reason="needs a terminal")
-    pytest.importorskip("fcntl").ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    pytest.importorskip("fcntl").ioctl(
+        theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0)
+    )
     arguments = command(model, corpus[0], "--output", tmp_path / "scores.jsonl")
     with subprocess.Popen(arguments, cwd=ROOT, stderr=theirs) as process:
         os.close(theirs)

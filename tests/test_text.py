@@ -15,7 +15,9 @@ HEADING = re.compile(r"^=+ SAMPLE (\d+) =+\n", re.MULTILINE)
 @pytest.fixture(scope="module")
 def models_dir(tmp_path_factory):
     """A copy of the tiny model, so that the tests leave no record in the repository."""
-    return str(copy_model(REAL_MODELS_DIR / "tiny", tmp_path_factory.mktemp("models") / "tiny").parent)
+    return str(
+        copy_model(REAL_MODELS_DIR / "tiny", tmp_path_factory.mktemp("models") / "tiny").parent
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +38,23 @@ def samples_of(text):
 def scripted(monkeypatch, rows):
     """Make gpt2.stream yield these rows -> a list of the rows that were asked for."""
     asked = []
-    monkeypatch.setattr(gpt2, "stream", lambda *args, **kwargs: (asked.append(row) or row for row in rows))
+    monkeypatch.setattr(
+        gpt2, "stream", lambda *args, **kwargs: (asked.append(row) or row for row in rows)
+    )
     return asked
 
 
 def test_main_returns_the_text_of_the_ids(tiny, models_dir):
     encoder, hparams, params = tiny
-    ids = gpt2.generate(encoder.encode("ROMEO:"), params, hparams["n_head"], 40, temperature=0.9, seed=3)
-    assert gpt2.main("ROMEO:", 40, "tiny", models_dir, temperature=0.9, seed=3) == encoder.decode(ids)
-    assert gpt2.main("ROMEO:", 40, "tiny", models_dir, temperature=0.9, seed=3, n_samples=None) == encoder.decode(ids)
+    ids = gpt2.generate(
+        encoder.encode("ROMEO:"), params, hparams["n_head"], 40, temperature=0.9, seed=3
+    )
+    assert gpt2.main("ROMEO:", 40, "tiny", models_dir, temperature=0.9, seed=3) == encoder.decode(
+        ids
+    )
+    assert gpt2.main(
+        "ROMEO:", 40, "tiny", models_dir, temperature=0.9, seed=3, n_samples=None
+    ) == encoder.decode(ids)
 
 
 def test_several_samples_have_headings(tiny, models_dir):
@@ -69,7 +79,9 @@ BAD_OPTIONS = {
 
 @pytest.mark.parametrize("name", BAD_OPTIONS)
 def test_main_checks_its_options_before_it_loads_anything(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.load_encoder_hparams_and_params", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "utils.load_encoder_hparams_and_params", lambda *_: pytest.fail("a model was loaded")
+    )
     value, words = BAD_OPTIONS[name]
     with pytest.raises(ValueError, match=f"^{name} must be {words}, got {value!r}$"):
         gpt2.main("hi", **{"models_dir": str(tmp_path), name: value})
@@ -79,7 +91,10 @@ def test_continuation_streams_each_token(tiny, monkeypatch):
     """The first piece comes after the first token, and together they are the text."""
     encoder, hparams, params = tiny
     ids = gpt2.generate(encoder.encode("ROMEO:"), params, hparams["n_head"], 12)
-    steps = scripted(monkeypatch, gpt2.stream(encoder.encode("ROMEO:"), params, hparams["n_head"], 12, n_samples=1))
+    steps = scripted(
+        monkeypatch,
+        gpt2.stream(encoder.encode("ROMEO:"), params, hparams["n_head"], 12, n_samples=1),
+    )
     for n, piece in enumerate(gpt2.continuation("ROMEO:", tiny, 12), 1):
         assert piece == (encoder.decode(ids[n - 1 : n]) if n <= 12 else "")
         assert len(steps) == min(n, 12)
@@ -117,7 +132,9 @@ def test_stop_inside_characters_and_across_tokens(tiny, monkeypatch):
 
 def test_no_work_after_all_samples_have_stopped(tiny, monkeypatch):
     ids = tiny[0].encoder  # each letter is a token
-    asked = scripted(monkeypatch, [[ids[a], ids[b]] for a, b in zip("abXcdefgh", "abcdXefgh", strict=True)])
+    asked = scripted(
+        monkeypatch, [[ids[a], ids[b]] for a, b in zip("abXcdefgh", "abcdXefgh", strict=True)]
+    )
     text = "".join(gpt2.continuation("hi", tiny, 9, n_samples=2, stop="X"))
     assert samples_of(text) == ["ab", "abcd"]
     assert len(asked) == 5
@@ -126,7 +143,10 @@ def test_no_work_after_all_samples_have_stopped(tiny, monkeypatch):
 def test_one_sample_stops_and_the_other_ends(tiny, monkeypatch):
     x, a = tiny[0].encoder["X"], tiny[0].encoder["a"]
     scripted(monkeypatch, [[x, a], [a, a], [a, None]])
-    assert samples_of("".join(gpt2.continuation("hi", tiny, 9, n_samples=2, stop="X"))) == ["", "aa"]
+    assert samples_of("".join(gpt2.continuation("hi", tiny, 9, n_samples=2, stop="X"))) == [
+        "",
+        "aa",
+    ]
 
 
 # Where a text begins and ends
@@ -135,7 +155,11 @@ def test_one_sample_stops_and_the_other_ends(tiny, monkeypatch):
 def test_endoftext_ends_the_text_and_an_empty_prompt_starts_from_it(tiny, monkeypatch):
     encoder, calls = tiny[0], []
     end = encoder.encoder["<|endoftext|>"]
-    monkeypatch.setattr(gpt2, "stream", lambda ids, *args, stop_id, **kwargs: calls.append((ids, stop_id)) or iter(()))
+    monkeypatch.setattr(
+        gpt2,
+        "stream",
+        lambda ids, *args, stop_id, **kwargs: calls.append((ids, stop_id)) or iter(()),
+    )
     assert "".join(gpt2.continuation("", tiny)) == "".join(gpt2.continuation("hi", tiny)) == ""
     assert calls == [([end], end), (encoder.encode("hi"), end)]
 
@@ -151,7 +175,12 @@ def test_a_vocabulary_without_endoftext(tmp_path):
 
 @pytest.mark.parametrize(
     ("errors", "text"),
-    [("replace", "😀é\ufffd"), ("ignore", "😀é"), ("backslashreplace", r"😀é\xf0\x9f\x98"), ("strict", None)],
+    [
+        ("replace", "😀é\ufffd"),
+        ("ignore", "😀é"),
+        ("backslashreplace", r"😀é\xf0\x9f\x98"),
+        ("strict", None),
+    ],
 )
 def test_incomplete_characters_wait_for_their_rest(tmp_path, errors, text):
     """A model that always answers with the next byte: characters come whole, and what is left comes at the end."""

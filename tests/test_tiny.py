@@ -52,8 +52,13 @@ def test_greedy_ids_match_transformers(tiny, reference):
     greedy = reference["tiny/greedy"].tolist()
     assert gpt2.generate(TINY_PROMPT, params, hparams["n_head"], 100) == greedy
     assert list(gpt2.stream(TINY_PROMPT, params, hparams["n_head"], 100)) == greedy
-    assert gpt2.generate(TINY_PROMPT, params, hparams["n_head"], 100, n_samples=2) == [greedy, greedy]
-    assert_close(gpt2.gpt2(TINY_PROMPT, **params, n_head=hparams["n_head"]), reference["tiny/logits"])
+    assert gpt2.generate(TINY_PROMPT, params, hparams["n_head"], 100, n_samples=2) == [
+        greedy,
+        greedy,
+    ]
+    assert_close(
+        gpt2.gpt2(TINY_PROMPT, **params, n_head=hparams["n_head"]), reference["tiny/logits"]
+    )
 
 
 def test_log_probs_of_a_long_text_match_transformers(tiny, reference):
@@ -66,7 +71,9 @@ def test_log_probs_of_a_long_text_match_transformers(tiny, reference):
 
 def test_eight_threads_give_the_same_as_one(tiny, monkeypatch):
     encoder, hparams, params = tiny
-    monkeypatch.setattr("encoder._CACHE_WORDS", 3)  # the threads often empty the cache that others use
+    monkeypatch.setattr(
+        "encoder._CACHE_WORDS", 3
+    )  # the threads often empty the cache that others use
 
     def write(i):
         ids = encoder.encode(f"KING RICHARD {i}:\nMy lord, {'what say you? ' * i}")
@@ -82,10 +89,29 @@ def test_eight_threads_give_the_same_as_one(tiny, monkeypatch):
 
 def test_sampled_text_has_lines_and_common_words(tiny):
     encoder, hparams, params = tiny
-    ids = gpt2.generate(encoder.encode("ROMEO:"), params, hparams["n_head"], 200, temperature=0.8, seed=1)
+    ids = gpt2.generate(
+        encoder.encode("ROMEO:"), params, hparams["n_head"], 200, temperature=0.8, seed=1
+    )
     text = encoder.decode(ids)
     words = re.findall(r"[a-z]+", text.lower())
-    common = {"the", "and", "to", "of", "i", "you", "my", "that", "a", "is", "in", "not", "me", "it", "with", "for"}
+    common = {
+        "the",
+        "and",
+        "to",
+        "of",
+        "i",
+        "you",
+        "my",
+        "that",
+        "a",
+        "is",
+        "in",
+        "not",
+        "me",
+        "it",
+        "with",
+        "for",
+    }
     assert len(words) > 50
     assert sum(word in common for word in words) > len(words) / 6
     assert text.count("\n") > 5
@@ -93,7 +119,15 @@ def test_sampled_text_has_lines_and_common_words(tiny):
 
 def test_the_command_prints_the_text_of_the_ids(tiny, models_dir):
     encoder, hparams, params = tiny
-    command = [sys.executable, str(ROOT / "gpt2.py"), "ROMEO:", "--model_size", "tiny", "--models_dir", str(models_dir)]
+    command = [
+        sys.executable,
+        str(ROOT / "gpt2.py"),
+        "ROMEO:",
+        "--model_size",
+        "tiny",
+        "--models_dir",
+        str(models_dir),
+    ]
     environment = {**os.environ, "GPT2_BASE_URL": "http://127.0.0.1:9"}  # no network
     result = subprocess.run(command, capture_output=True, env=environment, timeout=120)
     ids = gpt2.generate(encoder.encode("ROMEO:"), params, hparams["n_head"], 40)
@@ -104,17 +138,26 @@ def test_the_command_prints_the_text_of_the_ids(tiny, models_dir):
 def test_cache_chunks_and_batches_give_the_same_logits(tiny):
     encoder, hparams, params = tiny
     n_head = hparams["n_head"]
-    ids = encoder.encode("First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n")
+    ids = encoder.encode(
+        "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n"
+    )
     whole = gpt2.gpt2(ids, **params, n_head=n_head)
     cache = gpt2.KVCache(params, n_head)
-    pieces = [gpt2.gpt2(ids[i : i + 7], **params, n_head=n_head, cache=cache) for i in range(0, len(ids), 7)]
+    pieces = [
+        gpt2.gpt2(ids[i : i + 7], **params, n_head=n_head, cache=cache)
+        for i in range(0, len(ids), 7)
+    ]
     assert_close(np.concatenate(pieces), whole)
     assert_close(gpt2.gpt2([ids, ids[::-1]], **params, n_head=n_head)[0], whole)
 
 
 def test_ids_match_tiktoken(tiny):
     tiktokens = tiktoken_encoding(REAL_MODELS_DIR, "tiny")
-    for text in ("ROMEO:\nBut, soft! what light through yonder window breaks?", " naïve 😀\n\n  x1", "\ud800 '"):
+    for text in (
+        "ROMEO:\nBut, soft! what light through yonder window breaks?",
+        " naïve 😀\n\n  x1",
+        "\ud800 '",
+    ):
         assert tiny[0].encode(text) == tiktokens.encode_ordinary(text)
 
 
@@ -122,7 +165,9 @@ def held_out_loss(ids, params, hparams):
     """-log p in nats of all ids but the first, in windows of n_ctx + 1 ids as examples/train.py defines them."""
     n_ctx = hparams["n_ctx"]
     windows = [ids[i : i + n_ctx + 1] for i in range(0, len(ids) - 1, n_ctx)]
-    return -sum(float(gpt2.log_probs(window, params, hparams["n_head"]).sum()) for window in windows)
+    return -sum(
+        float(gpt2.log_probs(window, params, hparams["n_head"]).sum()) for window in windows
+    )
 
 
 def test_held_out_loss_is_the_one_in_the_readme(tiny):
@@ -150,7 +195,10 @@ def test_git_ignores_the_record():
     command = ["git", "check-ignore", "models/tiny/model.ckpt.verified.json", "models/124M"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).stdout.count(b"\n") == 2
     assert (
-        subprocess.run(["git", "check-ignore", "models/tiny/vocab.bpe"], cwd=ROOT, capture_output=True).returncode == 1
+        subprocess.run(
+            ["git", "check-ignore", "models/tiny/vocab.bpe"], cwd=ROOT, capture_output=True
+        ).returncode
+        == 1
     )
 
 
@@ -160,9 +208,19 @@ def train(*arguments):
 
 
 def test_the_training_script(tmp_path):
-    text = "the cat and the hat sat on the mat; then the rat ran in, and the cat ran after it.\n" * 200
+    text = (
+        "the cat and the hat sat on the mat; then the rat ran in, and the cat ran after it.\n" * 200
+    )
     (tmp_path / "my.txt").write_text(text)
-    sizes = {"n_vocab": 280, "n_ctx": 16, "n_embd": 16, "n_head": 2, "n_layer": 2, "steps": 5, "batch": 4}
+    sizes = {
+        "n_vocab": 280,
+        "n_ctx": 16,
+        "n_embd": 16,
+        "n_head": 2,
+        "n_layer": 2,
+        "steps": 5,
+        "batch": 4,
+    }
     options = [f"--{name}={value}" for name, value in sizes.items()]
     result = train(tmp_path / "my.txt", tmp_path / "mine", *options)
     assert result.returncode == 0, result.stderr
