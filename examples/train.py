@@ -460,11 +460,11 @@ class Best:
                 if self.saved_step and self.model_dir.exists():
                     self.model_dir.rename(old)
                 new.rename(self.model_dir)
+                self.saved_step = self.step
+                self.saved_loss = self.loss
             finally:  # after an error or Ctrl-C between the two, the old folder comes back
                 if old.exists() and not self.model_dir.exists():
                     old.rename(self.model_dir)
-        self.saved_step = self.step
-        self.saved_loss = self.loss
 
     def save_anywhere(self) -> None:
         """Save the weights, in a temporary folder if model_dir fails.
@@ -579,7 +579,7 @@ def evaluate(
     loss = trainer.held_out_loss(held_out_ids)
     check_loss(loss, best)
     best.keep(trainer.average, loss, step)
-    line = f"step {step}: {quality(loss)}"
+    line = f"step {step}: {loss:.4f} nats per token"
     if best.step != step:
         return f"{line}, not saved: step {best.step} was better"
     try:
