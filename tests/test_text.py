@@ -4,18 +4,12 @@ import random
 import re
 
 import pytest
-from helpers import random_variables, save_variables, write_model
+from helpers import random_variables, save_variables, tiktoken_encoding, write_model
 
 import gpt2
 from utils import load_encoder_hparams_and_params
 
 HEADING = re.compile(r"^=+ SAMPLE (\d+) =+\n", re.MULTILINE)
-
-
-def generated(tiny, n, **options):
-    """The ids that generate continues "ROMEO:" with."""
-    encoder, hparams, params = tiny
-    return gpt2.generate(encoder.encode("ROMEO:"), params, hparams["n_head"], n, **options)
 
 
 def samples_of(text):
@@ -43,12 +37,11 @@ def scripted(monkeypatch):
 
 
 @pytest.mark.parametrize("n_samples", [None, 1, 3])
-def test_main_returns_the_text_of_the_ids(tiny, models_dir, n_samples):
-    options = {"temperature": 0.9, "seed": 3, "n_samples": n_samples}
-    rows = generated(tiny, 40, **options | {"n_samples": n_samples or 1})
-    text = gpt2.main("ROMEO:", 40, "tiny", models_dir, **options)
-    assert text != ""
-    assert (samples_of(text) if n_samples == 3 else [text]) == [tiny[0].decode(row) for row in rows]
+def test_main_returns_the_text_of_transformers_ids(models_dir, reference, n_samples):
+    tiktokens = tiktoken_encoding(models_dir, "tiny")
+    expected = tiktokens.decode(reference["tiny/greedy"].tolist())
+    text = gpt2.main("ROMEO:\nWhat light", 100, "tiny", models_dir, n_samples=n_samples)
+    assert (samples_of(text) if n_samples == 3 else [text]) == [expected] * (n_samples or 1)
 
 
 @pytest.mark.parametrize(
@@ -73,39 +66,35 @@ def test_main_checks_its_options_before_it_loads_anything(name, value, tmp_path,
 
 def test_continuation_streams_each_token(tiny, scripted):
     """The first piece comes after the first token, and together they are the text."""
-    ids = generated(tiny, 12)
+    text = "But, soft!\nwhat light"
+    ids = tiny[0].encode(text)
     asked = scripted([[i] for i in ids])
     pieces = gpt2.continuation("ROMEO:", tiny, 12)
-    for n, new_id in enumerate(ids, 1):
-        assert next(pieces) == tiny[0].decode([new_id])
+    shown = ""
+    for n in range(1, len(ids) + 1):
+        shown += next(pieces)
+        assert shown == tiny[0].decode(ids[:n])
         assert len(asked) == n
-    assert "".join(pieces) == ""
-
-
-def test_text_beyond_the_context(tiny):
-    """Three times the context: the text goes on as `generate` does."""
-    n = 3 * tiny[1]["n_ctx"]
-    ids = generated(tiny, n)
-    assert len(ids) == n
-    assert "".join(gpt2.continuation("ROMEO:", tiny, n)) == tiny[0].decode(ids)
+    assert shown + "".join(pieces) == text
 
 
 # Stop texts
 
 
-@pytest.mark.parametrize("n_samples", [None, 1, 3])
-def test_text_ends_before_the_first_stop(tiny, models_dir, n_samples):
-    """Random parts of the text, from anywhere in a token, and texts that do not occur."""
-    options = {"temperature": 0.9, "seed": 5, "n_samples": n_samples}
-    split = samples_of if n_samples == 3 else lambda text: [text]
-    samples = split(gpt2.main("ROMEO:", 50, "tiny", models_dir, **options))
-    rng = random.Random(n_samples)
-    for _ in range(25):
+def test_text_ends_before_the_first_stop(tiny, scripted):
+    """Random parts of three texts, from anywhere in a token, and texts that do not occur."""
+    encoder, hparams, params = tiny
+    options = {"temperature": 0.9, "seed": 5, "n_samples": 3}
+    ids = gpt2.generate(encoder.encode("ROMEO:"), params, hparams["n_head"], 50, **options)
+    samples = [encoder.decode(row) for row in ids]
+    rng = random.Random(0)
+    for _ in range(100):
         sample = rng.choice(samples)
         start = rng.randrange(len(sample))
         stop = sample[start : start + rng.randint(1, 8)] + rng.choice(["", "", "~"])
-        text = gpt2.main("ROMEO:", 50, "tiny", models_dir, **options, stop=stop)
-        assert split(text) == [sample.partition(stop)[0] for sample in samples], stop
+        scripted(zip(*ids, strict=True))
+        text = "".join(gpt2.continuation("ROMEO:", tiny, 50, n_samples=3, stop=stop))
+        assert samples_of(text) == [sample.partition(stop)[0] for sample in samples], stop
 
 
 @pytest.mark.parametrize(
