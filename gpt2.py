@@ -23,6 +23,9 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":  # before NumPy loads OpenBLAS, whose idle threads then sleep sooner:
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "8")  # a token is faster on a busy machine
+
 import numpy as np
 
 BLOCK = 100_000  # elements at a time in gelu and layer_norm: they fit into the CPU's cache
