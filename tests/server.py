@@ -6,6 +6,7 @@ import hashlib
 import re
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -180,6 +181,10 @@ class Server(ThreadingHTTPServer):
         """Return when all clients have disconnected, so that the list of requests is complete."""
         while self.connections:
             time.sleep(0.01)
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], OSError):  # OSError: the client has disconnected
+            super().handle_error(request, client_address)
 
     def __enter__(self):
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02})
