@@ -570,7 +570,7 @@ def test_redirect_from_https_stays_https(server, folder, monkeypatch, scheme):
         download(folder)
         assert (folder / "checkpoint").read_bytes() == server.files["vocab.bpe"]
     else:
-        error = download_fails(folder, f"https://.*/355M/checkpoint: .*http://127.0.0.1")
+        error = download_fails(folder, "https://.*/355M/checkpoint: .*http://127.0.0.1")
         assert isinstance(error, ConnectionError)
         assert len(server.requests) == 1
 
