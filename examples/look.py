@@ -69,6 +69,8 @@ def hidden_states(ids: Ids, params: Params, n_head: int) -> Array:
     token_ids = np.asarray(list(ids))
     n_vocab = len(params["wte"])
     n_ctx = len(params["wpe"])
+    if token_ids.size and token_ids.dtype.kind not in "iu":
+        raise TypeError(f"token ids must be integers, got {token_ids.dtype}")
     if not 1 <= len(token_ids) <= n_ctx:
         raise ValueError(f"expected 1 to {n_ctx} token ids, got {len(token_ids)}")
     if token_ids.min() < 0 or token_ids.max() >= n_vocab:
