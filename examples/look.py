@@ -12,6 +12,7 @@ import base64
 import contextlib
 import errno
 import hashlib
+import html
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ import re
 import shutil
 import stat
 import sys
+import textwrap
 import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
@@ -47,6 +49,7 @@ from utils import (
 PROGRAM = "look.py"
 N_LIKELIEST = 10
 N_LENS = 3  # how many tokens the page shows for each layer
+N_ATTENDED = 5  # how many attended tokens the page lists
 MAX_ATTENTION_TOKENS = 256
 TEMPLATE = Path(__file__).with_name("look.html")
 
@@ -445,16 +448,61 @@ def page(reading: Reading, model_size: str, encoder: Encoder, params: Params, n_
             "n_params": count_parameters(params),
         },
         "figures": figures(reading, encoder)._asdict(),
+        "opening": opening_place(reading, lens, encoder),
         "n_left_out": reading["n_left_out"],
         "ids": ids,
         "labels": labels(reading, lens, encoder),
         "groups": groups(ids[1:], encoder),
-        "predictions": reading["predictions"],
-        "lens": lens,
+        "predictions": [shortened(each) for each in reading["predictions"]],
+        "lens": [[shortened(each) for each in layer] for layer in lens],
         "attention": attention,
+        "n_attended": N_ATTENDED,
         "max_attention_tokens": MAX_ATTENTION_TOKENS,
     }
-    return filled_template(TEMPLATE.read_text(encoding="utf-8"), data)
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return filled_template(template, page_title(ids, encoder), data)
+
+
+def page_title(ids: Ids, encoder: Encoder, n_max: int = 48) -> str:
+    """Return the beginning of the text on one line, cut after a word."""
+    text = visible(" ".join(encoder.decode(ids[1:]).split()))
+    return textwrap.shorten(text, n_max, placeholder="…") or text[:n_max]
+
+
+def opening_place(reading: Reading, lens: Lens, encoder: Encoder) -> int:
+    """Choose the token on which the page opens -> its place in ids.
+
+    It is the word that the layers after the first one raised most: the one with the largest
+    probability * log(rank after the first layer / final rank). A word is a token that begins with
+    a space and a letter. If there is none, any token but the first is taken for a word.
+    """
+    ids = reading["ids"]
+    if len(ids) == 1:
+        return 1  # there is only the next token
+    places = [i for i in range(1, len(ids)) if re.match(r" [^\W\d_]", encoder.decode([ids[i]]))]
+    if not places:
+        places = list(range(2, len(ids))) or [1]
+    early = lens[min(1, len(lens) - 2)]
+
+    def rise(place: int) -> float:
+        before = early[place - 1]
+        after = lens[-1][place - 1]
+        return after["prob"] * math.log(before["rank"] / after["rank"])
+
+    return max(places, key=rise)
+
+
+def shortened(described: Prediction) -> Prediction:
+    """Return a prediction with as many digits as the page can show."""
+    result = described | {"probs": [round_off(p) for p in described["probs"]]}
+    if "prob" in described:
+        result["prob"] = round_off(described["prob"])
+        result["bits"] = round_off(described["bits"])
+    return result
+
+
+def round_off(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def labels(reading: Reading, lens: Lens, encoder: Encoder) -> dict[int, str]:
@@ -477,19 +525,24 @@ def lens_columns(ids: Ids, params: Params, n_head: int) -> Lens:
 
 
 def packed_attention(ids: Ids, params: Params, n_head: int) -> str:
-    """Return the attention weights as text: base64 of zlib of all high bytes, then all low bytes.
+    """Return the attention weights as text: base64 of zlib of three arrays, one after the other.
 
-    Each half is [n_layer, n_head, n_seq * (n_seq + 1) / 2]: of the weights only the past, row by
-    row, in 16 bits.
+    For the tokens that each token looks at most, strongest first, their places and the weights in
+    1/65535: little-endian uint16 [n_layer, n_head, n_seq, N_ATTENDED] each. Then, for the pictures,
+    the square roots of all weights in fifteenths: uint8 [n_layer, n_head, n_seq * (n_seq + 1) / 2],
+    of each row only the past.
     """
-    rows, columns = np.tril_indices(len(ids))
-    weights = attention_weights(ids, params, n_head)[:, :, rows, columns]
+    weights = attention_weights(ids, params, n_head)
     if not np.isfinite(weights).all():
         raise ValueError("the attention is not finite: the parameters are damaged")
-    sixteen_bits = np.rint(weights * 65535).astype(np.uint16)
-    halves = np.stack([sixteen_bits >> 8, sixteen_bits & 255])
-    packed = zlib.compress(halves.astype(np.uint8).tobytes())
-    return base64.b64encode(packed).decode()
+    places = np.argsort(-weights, axis=-1, kind="stable")[..., :N_ATTENDED]
+    strongest = np.take_along_axis(weights, places, axis=-1)
+    rows, columns = np.tril_indices(len(ids))
+    levels = np.sqrt(weights[:, :, rows, columns]) * 15
+    content = places.astype("<u2").tobytes()
+    content += np.rint(strongest * 65535).astype("<u2").tobytes()
+    content += np.rint(levels).astype(np.uint8).tobytes()
+    return base64.b64encode(zlib.compress(content)).decode()
 
 
 def count_parameters(params: Any) -> int:
@@ -503,8 +556,8 @@ def count_parameters(params: Any) -> int:
     return sum(count_parameters(each) for each in params)
 
 
-def filled_template(template: str, data: dict[str, Any]) -> str:
-    """Put data into the template, and let the browser run only its own script and style.
+def filled_template(template: str, title: str, data: dict[str, Any]) -> str:
+    """Put title and data into the template, and let the browser run only its own script and style.
 
     The data are JSON in ASCII, without a character that could end the script element or begin
     another one.
@@ -512,12 +565,13 @@ def filled_template(template: str, data: dict[str, Any]) -> str:
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
+    values = {"title": html.escape(title), "data": text}
     for tag in ("script", "style"):
         content = template.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
         digest = hashlib.sha256(content.encode()).digest()
-        source = f"'sha256-{base64.b64encode(digest).decode()}'"
-        template = template.replace("{{" + tag + "}}", source)
-    return template.replace("{{data}}", text)
+        values[tag] = f"'sha256-{base64.b64encode(digest).decode()}'"
+    # In one pass, so that a text that looks like a placeholder stays as it is.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
 
 
 # Writing the page
@@ -658,8 +712,8 @@ def run(arguments: list[str]) -> None:
         message = f"only the first {n_tokens:,} tokens fit into the context"
         complain(PROGRAM, f"{message}; {reading['n_left_out']:,} are left out")
     if options.html is not None:
-        html = page(reading, options.model_size, encoder, params, n_head)
-        write_whole(options.html, html)
+        content = page(reading, options.model_size, encoder, params, n_head)
+        write_whole(options.html, content)
         if not is_standard_output(options.html):
             print(f"{options.html}: {summary(reading, encoder)}")
     elif sys.stdout.isatty():
