@@ -21,7 +21,6 @@ import re
 import shutil
 import stat
 import sys
-import textwrap
 import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
@@ -37,7 +36,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from encoder import Encoder
-from gpt2 import causal_mask, gpt2, layer_norm, linear, matmul, softmax, transformer_block
+from gpt2 import (
+    causal_mask,
+    check_ids,
+    decoded,
+    gpt2,
+    layer_norm,
+    linear,
+    log_softmax,
+    matmul,
+    softmax,
+    transformer_block,
+    with_own_threads,
+)
 from utils import (
     UsageError,
     complain,
@@ -63,22 +74,19 @@ Lens = list[list[Prediction]]
 # Inside the model
 
 
+@with_own_threads
 def hidden_states(ids: Ids, params: Params, n_head: int) -> Array:
     """Return the input of each layer and the output of the last one.
 
-    ids [n_seq] -> float32 [n_layer + 1, n_seq, n_embd]. Raises ValueError for ids that are not in
-    the vocabulary or do not fit into the context.
+    ids [n_seq] -> float32 [n_layer + 1, n_seq, n_embd]. Raises TypeError or ValueError for ids
+    that are not in the vocabulary or do not fit into the context.
     """
-    token_ids = np.asarray(list(ids))
-    n_vocab = len(params["wte"])
+    token_ids = check_ids(ids, len(params["wte"]), max_ndim=1)
+    n_seq = len(token_ids)
     n_ctx = len(params["wpe"])
-    if token_ids.size and token_ids.dtype.kind not in "iu":
-        raise TypeError(f"token ids must be integers, got {token_ids.dtype}")
-    if not 1 <= len(token_ids) <= n_ctx:
-        raise ValueError(f"expected 1 to {n_ctx} token ids, got {len(token_ids)}")
-    if token_ids.min() < 0 or token_ids.max() >= n_vocab:
-        raise ValueError(f"token ids must be at least 0 and less than {n_vocab}")
-    x = params["wte"][token_ids] + params["wpe"][: len(token_ids)]
+    if n_seq > n_ctx:
+        raise ValueError(f"{n_seq} token ids do not fit into the context of {n_ctx}")
+    x = params["wte"][token_ids] + params["wpe"][:n_seq]
     states = [x]
     for block in params["blocks"]:
         x = transformer_block(x, **block, n_head=n_head)
@@ -106,6 +114,7 @@ def logit_lens(ids: Ids, params: Params, n_head: int) -> Array:
     return np.stack([unembed(x, params) for x in hidden_states(ids, params, n_head)])
 
 
+@with_own_threads
 def attention_weights(ids: Ids, params: Params, n_head: int) -> Array:
     """Return how strongly each token looks at each other one.
 
@@ -144,12 +153,13 @@ def read(text: str, encoder: Encoder, params: Params, n_head: int) -> Reading:
     Raises ValueError for an empty text, for a vocabulary without an id that starts a text, and for
     damaged parameters.
     """
-    start_id = encoder.encoder.get("<|endoftext|>")
-    if start_id is None:
+    if encoder.start_id is None:
         raise ValueError("the vocabulary has no token that starts a text")
     if not text:
         raise ValueError("the text is empty")
-    all_ids = [start_id, *encoder.encode(text)]
+    all_ids = encoder.encode(text)
+    if not encoder.first_ids:  # else encode has begun the text
+        all_ids = [encoder.start_id, *all_ids]
     ids = all_ids[: len(params["wpe"])]
     logits = gpt2(ids, **params, n_head=n_head)
     targets = [*ids[1:], None]
@@ -185,11 +195,6 @@ def prediction(
         described["rank"] = 1 + int((logits > logits[target]).sum())
         described["bits"] = float(-log_p[target] / math.log(2))
     return described
-
-
-def log_softmax(x):
-    x = x - x.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
 class Figures(NamedTuple):
@@ -466,7 +471,10 @@ def page(reading: Reading, model_size: str, encoder: Encoder, params: Params, n_
 def page_title(ids: Ids, encoder: Encoder, n_max: int = 48) -> str:
     """Return the beginning of the text on one line, cut after a word."""
     text = visible(" ".join(encoder.decode(ids[1:]).split()))
-    return textwrap.shorten(text, n_max, placeholder="…") or text[:n_max]
+    if len(text) <= n_max:
+        return text
+    words = text[:n_max].rsplit(" ", 1)[0]
+    return words.rstrip(" ,.;:-") + "…"
 
 
 def opening_place(reading: Reading, lens: Lens, encoder: Encoder) -> int:
@@ -474,12 +482,12 @@ def opening_place(reading: Reading, lens: Lens, encoder: Encoder) -> int:
 
     It is the word that the layers after the first one raised most: the one with the largest
     probability * log(rank after the first layer / final rank). A word is a token that begins with
-    a space and a letter. If there is none, any token but the first is taken for a word.
+    a space and two letters. If there is none, any token but the first is taken for a word.
     """
     ids = reading["ids"]
     if len(ids) == 1:
         return 1  # there is only the next token
-    places = [i for i in range(1, len(ids)) if re.match(r" [^\W\d_]", encoder.decode([ids[i]]))]
+    places = [i for i in range(1, len(ids)) if re.match(r" [^\W\d_]{2}", encoder.decode([ids[i]]))]
     if not places:
         places = list(range(2, len(ids))) or [1]
     early = lens[min(1, len(lens) - 2)]
@@ -513,6 +521,7 @@ def labels(reading: Reading, lens: Lens, encoder: Encoder) -> dict[int, str]:
     return {token_id: label(token_id, encoder) for token_id in sorted(shown)}
 
 
+@with_own_threads
 def lens_columns(ids: Ids, params: Params, n_head: int) -> Lens:
     """Return what each layer predicts after each token: for each layer a list of `prediction`s."""
     targets = [*ids[1:], None]
@@ -685,10 +694,7 @@ def given_text(argument: str) -> str:
     """Return the text of the command line, or of standard input without its last line break."""
     if argument == "-":
         return re.sub("\r?\n\\Z", "", read_text("-"))
-    try:
-        return os.fsencode(argument).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"the text is not UTF-8: {error.reason} at byte {error.start}") from None
+    return decoded(argument)
 
 
 def has_colours() -> bool:
