@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
 import zlib
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import CHROMEDRIVER, CHROMIUM, open_browser, open_page
+from browser import CHROMEDRIVER, CHROMIUM, open_browser, open_page, set_screen
 from helpers import (
     DATA_DIR,
     REFERENCE_MODELS,
@@ -141,13 +140,16 @@ def test_equal_logits_are_in_the_order_of_their_ids():
 def test_packed_attention_holds_the_weights(model):
     encoder, params, n_head = model
     ids = encoder.encode(PLAIN)
-    halves = np.frombuffer(
-        zlib.decompress(base64.b64decode(look.packed_attention(ids, params, n_head))), np.uint8
-    )
-    high, low = halves.reshape(2, len(params["blocks"]), n_head, -1).astype(int)
-    rows, columns = np.tril_indices(len(ids))
-    weights = look.attention_weights(ids, params, n_head)[:, :, rows, columns]
-    np.testing.assert_allclose((256 * high + low) / 65535, weights, atol=0.6 / 65535)
+    weights = look.attention_weights(ids, params, n_head)
+    content = zlib.decompress(base64.b64decode(look.packed_attention(ids, params, n_head)))
+    n_top = weights[..., :5].size
+    places, strongest = np.frombuffer(content, "<u2", 2 * n_top).reshape(2, *weights.shape[:-1], 5)
+    assert (places == np.argsort(-weights, axis=-1, kind="stable")[..., :5]).all()
+    expected = np.sort(weights, axis=-1)[..., :-6:-1]
+    np.testing.assert_allclose(strongest / 65535, expected, atol=0.6 / 65535)
+    levels = np.frombuffer(content, np.uint8, offset=4 * n_top)
+    expected = weights[..., np.tri(len(ids), dtype=bool)]
+    np.testing.assert_allclose(levels / 15, np.sqrt(expected).ravel(), atol=0.51 / 15)
 
 
 @pytest.mark.parametrize("scale", [np.nan, np.inf, 1e25, 1e38])
@@ -286,7 +288,7 @@ def test_text_cannot_control_the_terminal(model):
         (["two", "words"], 2, "words"),
         (["x", "--htm", "page"], 2, "--htm"),
         (["x", "--html", ""], 2, "--html needs the name of a file, got ''"),
-        ([b"a\xff"], 2, "the text is not UTF-8"),
+        ([b"a\xff"], 2, "an argument is not UTF-8"),
         ([""], 1, "the text is empty"),
         (["-"], 1, "standard input is not UTF-8"),
         (["x", "--model_size", "absent"], 1, "absent"),
@@ -431,9 +433,10 @@ def opened(browser, model, tmp_path):
     """A function that opens the page of a text. It must have caused no error and no request."""
     path = tmp_path / "page.html"
 
-    def open_text(text):
+    def open_text(text, fragment="", model=model, **screen):
         path.write_text(look.page(look.read(text, *model), "small", *model), encoding="utf-8")
-        open_page(browser, path)
+        set_screen(browser, **screen)
+        open_page(browser, path, fragment)
         return browser
 
     browser.get("about:blank")
@@ -442,33 +445,38 @@ def opened(browser, model, tmp_path):
     yield open_text
     assert browser.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    urls = {
-        each["params"]["request"]["url"]
-        for each in messages
-        if each["method"] == "Network.requestWillBeSent"
-    }
-    assert urls == {path.as_uri()}
-    assert browser.title == "What GPT-2 sees"
+    requests = [each for each in messages if each["method"] == "Network.requestWillBeSent"]
+    urls = {each["params"]["request"]["url"] for each in requests}
+    assert urls <= {path.as_uri(), "about:blank"}
+    assert browser.title.endswith("– what GPT-2 sees")
 
 
 def shown(browser, selector):
     """The texts of the elements that a CSS selector finds."""
-    return [element.text for element in browser.find_elements("css selector", selector)]
+    script = "return [...document.querySelectorAll(arguments[0])].map((each) => each.innerText)"
+    return browser.execute_script(script, selector)
+
+
+def press(browser, *keys):
+    """Press keys where the focus is -> the element that has the focus then."""
+    for key in keys:
+        browser.switch_to.active_element.send_keys(key)
+    return browser.switch_to.active_element
 
 
 def check_place(browser, place, ids, probs, encoder):
     """The page shows the prediction for the token at this place."""
-    row, target = probs[place - 1], ids[place]
-    order = np.argsort(-row, kind="stable")
+    row = probs[place - 1]
+    target = ids[place]
+    ten = likeliest(row, 10)
+    rank = 1 + (row > row[target]).sum()
+    assert shown(browser, "#number") == [f"token {place} of {len(ids) - 1}"]
     assert shown(browser, "#chosen .piece") == [look.label(target, encoder)]
     assert shown(browser, "#probability") == [look.percent(row[target])]
-    rank = 1 + (row > row[target]).sum()
     assert shown(browser, "#rank") == [f"{rank} of {len(row)}"]
-    ten = [look.label(token_id, encoder) for token_id in order[:10]]
-    assert shown(browser, "#likeliest .piece")[:10] == ten
-    assert shown(browser, "#likeliest td:last-child")[:10] == [
-        look.percent(p) for p in row[order[:10]]
-    ]
+    assert shown(browser, "#likeliest .piece")[:10] == [look.label(i, encoder) for i in ten]
+    percents = [look.percent(row[i]) for i in ten]
+    assert shown(browser, "#likeliest td:last-child")[:10] == percents
 
 
 def test_pointer_and_keyboard_show_the_numbers(opened, model):
@@ -482,53 +490,65 @@ def test_pointer_and_keyboard_show_the_numbers(opened, model):
         ActionChains(browser).move_to_element(tokens[place]).perform()
         check_place(browser, place, ids, probs, model[0])
     ActionChains(browser).move_to_element(browser.find_element("css selector", "h1")).perform()
-    tokens[3].click()
+    browser.execute_script("select(3)")
     for key, place in (
-        (Keys.ARROW_RIGHT, 4),
+        (Keys.ARROW_RIGHT, 4),  # without a click, and without the focus in the text
         (Keys.ARROW_RIGHT, 5),
         (Keys.ARROW_LEFT, 4),
-        (Keys.HOME, 0),
+        (Keys.END, len(ids)),
     ):
-        browser.switch_to.active_element.send_keys(key)
-        assert browser.switch_to.active_element == tokens[place]
-        if place:
+        assert press(browser, key) == tokens[place]
+        if place < len(ids):
             check_place(browser, place, ids, probs, model[0])
-    browser.switch_to.active_element.send_keys(Keys.END)
-    ten = [
-        look.label(token_id, model[0]) for token_id in np.argsort(-probs[-1], kind="stable")[:10]
-    ]
+    ten = [look.label(i, model[0]) for i in likeliest(probs[-1], 10)]
     assert shown(browser, "#likeliest .piece") == ten
-    browser.switch_to.active_element.send_keys(Keys.ARROW_UP)
-    assert browser.switch_to.active_element.rect["y"] < tokens[-1].rect["y"] - 10
+    assert press(browser, Keys.ARROW_UP).rect["y"] < tokens[-1].rect["y"] - 10
+    assert press(browser, Keys.HOME) == tokens[0]
+
+
+def test_the_address_names_the_token(opened, model):
+    from selenium.webdriver import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    ids, probs = expected_predictions(PLAIN, model)
+    browser = opened(PLAIN, fragment="#4")
+    check_place(browser, 4, ids, probs, model[0])
+    for fragment, place in (("#7", 7), ("#0", 7), (f"#{len(ids) + 1}", 7), ("#x", 7), ("#2", 2)):
+        browser.execute_script("location.hash = arguments[0]", fragment)
+        browser.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0]))")
+        check_place(browser, place, ids, probs, model[0])
+    press(browser, Keys.ARROW_RIGHT)
+    WebDriverWait(browser, 20).until(lambda _: browser.current_url.endswith("#3"))
 
 
 def test_lens_and_attention_show_the_numbers(opened, model):
     encoder, params, n_head = model
     browser = opened(PLAIN)
     ids, _ = expected_predictions(PLAIN, model)
-    lens, weights = (
-        look.logit_lens(ids, params, n_head),
-        look.attention_weights(ids, params, n_head),
-    )
+    lens = look.logit_lens(ids, params, n_head)
+    weights = look.attention_weights(ids, params, n_head)
     place = 6
     browser.find_elements("css selector", ".token")[place].click()
     first = [look.label(int(row.argmax()), encoder) for row in lens[:, place - 1]]
     assert shown(browser, "#lens td:nth-child(2)") == first
     ranks = [f"{1 + (row > row[ids[place]]).sum()}" for row in lens[:, place - 1]]
     assert shown(browser, "#lens td.number") == ranks
-    assert (
-        len(browser.find_elements("css selector", "#grid button"))
-        == weights.shape[0] * weights.shape[1]
-    )
+    n_heads = weights.shape[0] * weights.shape[1]
+    assert len(browser.find_elements("css selector", "#grid button")) == n_heads
     browser.find_element("css selector", "[aria-label='Layer 2, head 3']").click()
-    looks = weights[1, 2, place]
-    order = np.argsort(-looks[: place + 1], kind="stable")[:5]
-    assert shown(browser, "#attended td:last-child") == [
-        look.percent(round(65535 * w) / 65535) for w in looks[order]
-    ]
-    assert shown(browser, "#attended .piece") == [look.label(ids[i], encoder) for i in order]
-    drawn = "return tokens.map((token) => Number(token.style.getPropertyValue('--weight')) ** 2)"
-    np.testing.assert_allclose(browser.execute_script(drawn), [*looks, 0], atol=1e-5)
+    looks = weights[1, 2]
+    most = likeliest(looks[place, : place + 1], 5)
+    percents = [look.percent(round(65535 * looks[place, i]) / 65535) for i in most]
+    assert shown(browser, "#attended td:last-child") == percents
+    assert shown(browser, "#attended .piece") == [look.label(ids[i], encoder) for i in most]
+    colours = "return tokens.map((token) => Number(token.style.getPropertyValue('--weight')))"
+    np.testing.assert_allclose(
+        browser.execute_script(colours), np.sqrt([*looks[place], 0]), atol=0.51 / 15
+    )
+    pixels = """const canvas = document.querySelector("#zoom canvas"), size = canvas.width;
+        return [...canvas.getContext("2d").getImageData(0, 0, size, size).data]"""
+    alpha = np.reshape(browser.execute_script(pixels), (len(ids), len(ids), 4))[..., 3]
+    np.testing.assert_allclose(alpha / 255, np.sqrt(looks), atol=0.51 / 15)
 
 
 def test_heads_can_be_chosen_with_the_keyboard(opened):
@@ -536,41 +556,20 @@ def test_heads_can_be_chosen_with_the_keyboard(opened):
 
     browser = opened(PLAIN)
     browser.execute_script("document.querySelector('#grid button').focus()")
-    browser.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
-    browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
-    button = browser.switch_to.active_element
+    button = press(browser, Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
     assert button.get_attribute("aria-label") == "Layer 2, head 2"
-    button.send_keys(Keys.ENTER)
+    press(browser, Keys.ENTER)
     assert shown(browser, "#head h3") == ["Layer 2, head 2"]
     assert button.get_attribute("aria-pressed") == "true"
-    button.send_keys(Keys.ESCAPE)
+    press(browser, Keys.ESCAPE)
     assert shown(browser, "#head h3") == []
     assert button.get_attribute("aria-pressed") == "false"
-
-
-def test_pictures_of_heads_are_drawn(opened):
-    browser = opened(PLAIN)
-    strongest = """return [...document.querySelectorAll("#grid canvas")].map((canvas) => {
-        const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-        return Math.max(...data.filter((_, i) => i % 4 === 3));
-    })"""
-    assert all(alpha > 50 for alpha in browser.execute_script(strongest))
-    assert len(set(pixels(browser.get_screenshot_as_png()))) > 100
-
-
-def pixels(png):
-    """The bytes of a PNG's rows."""
-    data, start = b"", 8
-    while start < len(png):
-        length, kind = struct.unpack(">I4s", png[start : start + 8])
-        data += png[start + 8 : start + 8 + length] if kind == b"IDAT" else b""
-        start += length + 12
-    return zlib.decompress(data)
 
 
 def test_nothing_in_a_hostile_text_is_executed(opened, model):
     browser = opened(HOSTILE)
     ids, probs = expected_predictions(HOSTILE, model)
+    assert browser.title.startswith("“</script><img src=x")
     assert browser.find_elements("css selector", "img") == []
     assert len(browser.find_elements("css selector", "script")) == 2
     text = browser.execute_script("return document.getElementById('text').textContent")
@@ -605,3 +604,119 @@ def test_long_texts_leave_attention_out(opened):
     assert not browser.find_elements("css selector", "#grid button")
     assert "more than 256 tokens" in shown(browser, "#heads")[0]
     browser.find_element("css selector", "body").send_keys(Keys.ESCAPE)
+
+
+def test_the_page_of_the_smallest_model(opened, model):
+    encoder, params, n_head = model
+    browser = opened("xyz", model=(encoder, params | {"wpe": params["wpe"][:1]}, n_head))
+    assert shown(browser, "#perplexity") == ["–"]
+    assert len(shown(browser, "#likeliest .piece")) == 10
+
+
+SCREENS = [
+    {"width": width, "height": height, "scheme": scheme}
+    for width, height in ((1200, 1000), (390, 844))
+    for scheme in ("light", "dark")
+]
+OUTSIDE = """
+const { clientWidth } = document.documentElement, pane = document.getElementById("pane");
+const isOutside = (element) => element.getBoundingClientRect().right > clientWidth + 0.5;
+return [document.documentElement.scrollWidth > clientWidth, pane.scrollWidth > pane.clientWidth,
+  [...document.querySelectorAll("body *")].filter(isOutside).map((element) => element.outerHTML)]
+"""
+
+
+@pytest.mark.parametrize("screen", SCREENS[::2], ids=["wide", "phone"])
+@pytest.mark.parametrize("text", [PLAIN, HOSTILE, "the king " * 120, "x" * 250])
+def test_everything_fits_into_the_width(opened, text, screen):
+    browser = opened(text, **screen)
+    for _ in ("the surprise", "the attention"):
+        assert browser.execute_script(OUTSIDE) == [False, False, []]
+        browser.execute_script("document.querySelector('#grid button')?.click()")
+    pane = browser.find_element("id", "pane").rect
+    assert pane["height"] <= (1000 if screen["width"] == 1200 else 0.3 * 844)
+
+
+# The contrast of each text with what is behind it, as WCAG 2 defines it. A canvas converts colours.
+CONTRASTS = """
+const context = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+function paint(colours) {
+  for (const colour of colours) {
+    context.fillStyle = colour;
+    context.fillRect(0, 0, 1, 1);
+  }
+  const [red, green, blue] = [...context.getImageData(0, 0, 1, 1).data].map((byte) =>
+    byte / 255 <= 0.04045 ? byte / 255 / 12.92 : ((byte / 255 + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+}
+function contrast(element, colour) {
+  const behind = [];
+  for (let each = element; each; each = each.parentElement) {
+    behind.unshift(getComputedStyle(each).backgroundColor);
+  }
+  const [dark, light] = [paint(behind), paint([colour])].sort((a, b) => a - b);
+  return (light + 0.05) / (dark + 0.05);
+}
+const hasText = (element) => [...element.childNodes].some((node) =>
+  node.nodeType === Node.TEXT_NODE && node.data.trim());
+const texts = [...document.querySelectorAll("body *:not(script, noscript)")].filter(hasText);
+const bars = [...document.querySelectorAll(".bar")];
+return [
+  texts.map((element) => [contrast(element, getComputedStyle(element).color), element.outerHTML]),
+  bars.map((bar) => [contrast(bar.parentElement, getComputedStyle(bar).backgroundColor), "bar"]),
+];
+"""
+
+
+@pytest.mark.parametrize("screen", SCREENS[:2], ids=["light", "dark"])
+def test_contrasts_are_those_of_wcag_aa(opened, model, screen):
+    encoder, params, n_head = model
+    sharper = params | {"ln_f": {key: 8 * array for key, array in params["ln_f"].items()}}
+    browser = opened(HOSTILE[:160] + "😀", model=(encoder, sharper, n_head), **screen)
+    for _ in ("the surprise", "the attention"):
+        texts, bars = browser.execute_script(CONTRASTS)
+        assert len(texts) > 100
+        assert len(bars) >= 10
+        assert [each for each in texts if each[0] < 4.5] == []
+        assert [each for each in bars if each[0] < 3] == []
+        browser.execute_script("document.querySelector('#grid button').click()")
+
+
+# The size of the page, and where it opens
+
+
+def test_the_page_of_a_large_model_is_below_3_mb():
+    hparams = {"n_vocab": 512, "n_ctx": 257, "n_embd": 48, "n_head": 12, "n_layer": 12}
+    encoder = get_encoder("tiny", str(ROOT / "models"))
+    params = random_params(hparams)
+    ids = np.random.RandomState(0).randint(0, 256, 257).tolist()
+    logits = gpt2(ids, **params, n_head=12)
+    predictions = [look.prediction(*pair) for pair in zip(logits, [*ids[1:], None], strict=True)]
+    reading = {"ids": ids, "n_left_out": 0, "predictions": predictions}
+    assert 1e6 < len(look.page(reading, "large", encoder, params, 12)) < 3e6
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["ROMEO:\nI come to thee, my love.\n\nJULIET:\nO gentle night!", "JULIET:", "a", "漢字 😀"]
+    + [
+        (DATA_DIR / "shakespeare_held_out.txt").read_text()[start : start + 300] for start in (0, 9)
+    ],
+)
+def test_the_page_opens_on_the_word_that_the_layers_raised_most(text):
+    encoder, hparams, params = load_encoder_hparams_and_params("tiny", str(ROOT / "models"))
+    n_head = hparams["n_head"]
+    reading = look.read(text, encoder, params, n_head)
+    ids = reading["ids"]
+    lens = look.logit_lens(ids, params, n_head).astype(np.float64)
+    rises = {}
+    for place in range(1, len(ids)):
+        early, *_, late = lens[1:, place - 1]
+        target = ids[place]
+        ratio = (early >= early[target]).sum() / (late >= late[target]).sum()
+        rises[place] = np.exp(late[target]) / np.exp(late).sum() * np.log(ratio)
+    texts = {place: encoder.decode([ids[place]]) for place in rises}
+    words = [place for place in rises if texts[place][0] == " " and texts[place][1:3].isalpha()]
+    words = [place for place in words if len(texts[place]) > 2] or [*rises][1:] or [1]
+    columns = look.lens_columns(ids, params, n_head)
+    assert look.opening_place(reading, columns, encoder) == max(words, key=rises.get)
