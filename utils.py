@@ -244,9 +244,7 @@ def new_session(base_url: str) -> "requests.Session":
     return session
 
 
-def download_file(
-    session: "requests.Session", url: str, path: str, sha256: str | None = None
-) -> None:
+def download_file(session: "requests.Session", url: str, path: str, sha256: str | None) -> None:
     """Download url to path and verify it."""
     part = path + ".part"
     try:
@@ -856,7 +854,16 @@ def _array(
 
 # The terminal, shared by gpt2.py and the examples
 
-PACKAGES = ("fire", "huggingface_hub", "numpy", "regex", "requests", "threadpoolctl", "tqdm")
+PACKAGES = (
+    "distributed",
+    "fire",
+    "huggingface_hub",
+    "numpy",
+    "regex",
+    "requests",
+    "threadpoolctl",
+    "tqdm",
+)
 
 
 class UsageError(ValueError):
