@@ -24,7 +24,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import numpy as np
 
@@ -993,7 +993,7 @@ def read_standard_input() -> bytes:
     return sys.stdin.read().encode("utf-8", "surrogateescape")
 
 
-def progress_bar(*args, **kwargs):
+def progress_bar(*args: Any, **kwargs: Any) -> Any:
     """Return a tqdm bar that is shown in a notebook and on a terminal, but not in a log file."""
     if "ipykernel" not in sys.modules:
         from tqdm import tqdm

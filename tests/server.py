@@ -8,7 +8,6 @@ import socket
 import struct
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -62,11 +61,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self):
         super().setup()
-        self.server.connections.add(self.connection)
-
-    def finish(self):
-        self.server.connections.discard(self.connection)
-        super().finish()
+        self.server.connections.append(self.connection)
 
     def log_message(self, *args):
         """Print nothing."""
@@ -144,7 +139,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.address = f"http://127.0.0.1:{self.server_port}/base"
         self.files = files
-        self.connections = set()
+        self.connections = []
         self.lock = threading.Lock()
         self.stopping = threading.Event()
         self.gate = threading.Event()  # while it is not set, answers are held back
@@ -188,11 +183,6 @@ class Server(ThreadingHTTPServer):
                 self.action()
                 self.action = None
 
-    def wait_for_nobody(self):
-        """Return when all clients have disconnected, so that the list of requests is complete."""
-        while self.connections:
-            time.sleep(0.01)
-
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], OSError):  # OSError: the client has disconnected
             super().handle_error(request, client_address)
@@ -207,7 +197,7 @@ class Server(ThreadingHTTPServer):
         self.thread.join()
         self.stopping.set()
         self.gate.set()
-        for connection in self.connections.copy():  # connections that a client keeps open
+        for connection in self.connections:  # clients may keep them open
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         self.server_close()
