@@ -329,12 +329,6 @@ def is_rest(response: "requests.Response", start: int, version: str) -> bool:
     )
 
 
-def content_range(response: "requests.Response", start: int) -> re.Match | None:
-    """Match a Content-Range that begins at start. Its group is the length of the whole file."""
-    value = response.headers.get("Content-Range", "")
-    return re.fullmatch(rf"bytes {start}-\d+/(\d+)", value, re.IGNORECASE)
-
-
 def problem_with(response: "requests.Response") -> str | None:
     """Return why an answer is not the file or the requested rest of it, None if it is."""
     headers = response.headers
