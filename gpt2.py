@@ -274,9 +274,10 @@ def final_states(
         kv = None if cache is None else cache.kv[layer][..., :n_kv, :]
         is_last = layer == len(blocks) - 1  # the layers before it need all positions
         x = transformer_block(x, **block, n_head=n_head, kv=kv, n_out=n_out if is_last else None)
+    x = layer_norm(x, **ln_f)
     if cache is not None:
-        cache.n_past = n_kv
-    return layer_norm(x, **ln_f)
+        cache.n_past = n_kv  # at the end: after an error, the cache is as it was
+    return x
 
 
 # The activations of GPT-2's relatives, which a Hugging Face folder may ask for
@@ -390,7 +391,7 @@ def for_blocks(function: Callable[[int, int], None], n: int, size: int) -> None:
                     return
                 function(start, min(start + size, n))
 
-    pool = thread_pool(os.getpid())
+    pool = thread_pool(os.getpid(), 1000)  # an upper limit, for all callers together
     helpers = [pool.submit(work) for _ in range(min(n_threads, len(starts)) - 1)]
     try:
         work()
@@ -402,11 +403,11 @@ def for_blocks(function: Callable[[int, int], None], n: int, size: int) -> None:
 
 
 @functools.cache
-def thread_pool(process: int) -> Any:
-    """The threads of a process, which start when they are needed. A forked process has none yet."""
+def thread_pool(process: int, n_threads: int) -> Any:
+    """Threads of a process, which start when they are needed. A forked process has none yet."""
     from concurrent.futures import ThreadPoolExecutor
 
-    return ThreadPoolExecutor(1000)  # an upper limit, for all callers together
+    return ThreadPoolExecutor(n_threads)
 
 
 class _Blas:
@@ -420,28 +421,39 @@ class _Blas:
 
     def add(self, user: object) -> None:
         with self.lock:
-            controller = blas_controller()
-            if controller and not self.users:
-                self.n_threads = min(each["num_threads"] for each in controller.info())
-                self.limiter = controller.limit(limits=1)
             self.users.add(user)
+            self.call(self.limit)
 
     def remove(self, user: object) -> None:
         with self.lock:
             self.users.discard(user)
-            if self.limiter and not self.users:
-                self.limiter.restore_original_limits()
-                self.limiter = None
+            self.call(self.restore)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call a function in one and the same thread: threadpoolctl obeys no other thread then."""
+        thread_pool(os.getpid(), 1).submit(function).result()
+
+    def limit(self) -> None:
+        if self.limiter is None and blas_controller():
+            self.n_threads = min(each["num_threads"] for each in blas_controller().info())
+            self.limiter = blas_controller().limit(limits=1)
+
+    def restore(self) -> None:
+        if self.limiter is not None and not self.users:
+            self.limiter.restore_original_limits()
+            self.limiter = None
 
 
 @functools.cache
 def blas_controller() -> Any:
-    """What sets BLAS's number of threads, or nothing if threadpoolctl or such a BLAS is missing."""
+    """What sets BLAS's number of threads for the whole process, or None if that is impossible."""
     try:
         import threadpoolctl
     except ImportError:
         return None
-    return threadpoolctl.ThreadpoolController().select(user_api="blas")
+    controller = threadpoolctl.ThreadpoolController().select(user_api="blas")
+    layers = {library.get("threading_layer") for library in controller.info()}
+    return None if not layers or "openmp" in layers else controller  # OpenMP: for each thread
 
 
 class _ThisThread(threading.local):
@@ -488,8 +500,8 @@ def one_blas_thread() -> contextlib.AbstractContextManager:
 def _forget_threads() -> None:
     """Start anew in a forked process, which has none of the other threads."""
     global _blas
-    if _blas.limiter:
-        _blas.limiter.restore_original_limits()
+    _blas.users.clear()
+    _blas.restore()
     _blas = _Blas()
 
 
@@ -502,7 +514,11 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 def check_ids(ids: Any, n_vocab: int, max_ndim: int = 32) -> Array:
     """Return token ids of any integer type as an int64 array. Raises TypeError or ValueError."""
-    ids = np.asarray(list(ids) if isinstance(ids, Iterator) else ids)
+    if isinstance(ids, Iterator):
+        ids = list(ids)
+    if isinstance(ids, list):  # NumPy would make uint64 and int float64
+        ids = [int(token_id) if isinstance(token_id, np.integer) else token_id for token_id in ids]
+    ids = np.asarray(ids)
     if ids.size == 0:
         raise ValueError("expected at least one token id, got none")
     if ids.dtype.kind not in "iu" or not 1 <= ids.ndim <= max_ndim:
@@ -618,13 +634,13 @@ def _sample(logits: Any, rng: np.random.Generator, options: Sampling) -> int:
     return int(np.searchsorted(cumulative, drawn, side="right"))
 
 
-@np.errstate(over="ignore", under="ignore")  # a low temperature may turn unlikely tokens into -inf
+@np.errstate(all="ignore")  # at extreme temperatures, unlikely tokens become -inf or NaN
 def _token_probs(logits: Any, options: Sampling) -> Array:
     logits = np.asarray(logits, np.float32)
     largest = logits.max()
     _check_largest(largest)
     scaled = (logits - largest) / max(options.temperature, 1e-30)
-    scaled[logits == -np.inf] = -np.inf  # at an infinite temperature, -inf / inf is NaN
+    scaled[np.isnan(scaled)] = -np.inf  # it was -inf / inf
     if 0 < options.top_k < len(logits):
         least = np.partition(logits, -options.top_k)[-options.top_k]
         scaled[logits < least] = -np.inf
@@ -707,7 +723,8 @@ def stream(
 
     With n_samples, it is an iterator over lists of ids, with None for each sample that has ended.
     """
-    n_vocab = len(params["wte"])
+    n_vocab, n_embd = params["wte"].shape
+    check_n_head(n_head, n_embd)
     n_steps = whole_number("n_tokens_to_generate", n_tokens_to_generate, 0)
     options = check_sampling(temperature, top_k, top_p)
     if seed is not None:
@@ -728,10 +745,12 @@ def check_stop_ids(stop_id: Any, n_vocab: int) -> list[int]:
     """Return the ids that end a text as a list. stop_id: None, an id or a collection of ids."""
     if stop_id is None:
         return []
-    if isinstance(stop_id, Iterable):
-        stop_id = list(stop_id)
-        return check_ids(stop_id, n_vocab).tolist() if stop_id else []
-    return check_ids([stop_id], n_vocab).tolist()
+    if isinstance(stop_id, str | bytes):
+        raise TypeError(f"stop_id must be a token id or several, got {stop_id!r}")
+    stop_ids = list(stop_id) if isinstance(stop_id, Iterable) else [stop_id]
+    if not stop_ids:
+        return []
+    return check_ids(stop_ids, n_vocab, max_ndim=1).tolist()
 
 
 def _stream_rows(
@@ -967,7 +986,8 @@ def check_options(options: dict[str, Any]) -> None:
     )
     if options.get("seed") is not None:
         whole_number("seed", options["seed"], 0)
-    whole_number("n_samples", options.get("n_samples", 1), 1, 100_000)
+    if options.get("n_samples") is not None:
+        whole_number("n_samples", options["n_samples"], 1, 100_000)
     check_stop(options.get("stop"))
 
 
