@@ -61,7 +61,7 @@ def no_tensorflow(monkeypatch):
 
     def call():
         monkeypatch.setattr(
-            utils, "_read_with_tensorflow", lambda *_: pytest.fail("TensorFlow was used")
+            utils, "read_with_tensorflow", lambda *_: pytest.fail("TensorFlow was used")
         )
 
     return call
@@ -170,23 +170,15 @@ def test_a_missing_shard_is_named(model_dir):
     assert "delete" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["m[1]", "a b", "it's", 'say "hi"', "tab\tbed", "back\\slash", "näme"]
-)
-def test_unusual_names_of_checkpoints(tmp_path, name):
+@pytest.mark.parametrize("name", ["m[1]", "a b", "it's", 'say "hi"', "back\\slash"])
+@pytest.mark.parametrize("quote", ['"', "'"])
+def test_unusual_names_of_checkpoints(tmp_path, name, quote):
     model_dir = write_model(tmp_path / "small")
     for path in model_dir.glob("model.ckpt.*"):
         path.rename(model_dir / path.name.replace("model.ckpt", name))
-    for quote in "\"'":
-        escaped = name.replace("\\", "\\\\").replace(quote, "\\" + quote).replace("\t", "\\t")
-        escaped = "".join(
-            char if char.isascii() else "".join(f"\\{b:03o}" for b in char.encode())
-            for char in escaped
-        )
-        (model_dir / "checkpoint").write_text(
-            f"  model_checkpoint_path:  {quote}{escaped}{quote}\n"
-        )
-        assert_params(load(model_dir)[2])
+    escaped = name.replace("\\", "\\\\").replace(quote, "\\" + quote)
+    (model_dir / "checkpoint").write_text(f"  model_checkpoint_path:  {quote}{escaped}{quote}\n")
+    assert_params(load(model_dir)[2])
 
 
 def test_a_checkpoint_that_was_saved_on_windows(model_dir):
@@ -296,19 +288,19 @@ FAULTS = {
         r"c_fc/w has shape \[12, 47\], expected shape \[1, 12, 48\] from the model's sizes",
     ),
     "layers missing": (hparams(n_layer=3), "h2/ln_1/g is missing, expected shape .12. from"),
-    "huge": (hparams(n_layer=10**9), "h2/ln_1/g is missing"),
+    "huge": (hparams(n_layer=10**6), "h2/ln_1/g is missing"),
     "layers ignored": (hparams(n_layer=1), "has more layers than n_layer, which is 1"),
-    "huge vocabulary": (hparams(n_vocab=10**30), "has 269 tokens, but n_vocab is 1000000"),
-    "huge context": (
-        hparams(n_ctx=10**30),
-        r"model/wpe has shape \[32, 12\], expected shape \[1000000",
-    ),
+    "more than a million": (hparams(n_vocab=10**6 + 1), "n_vocab must be .* got 1000001"),
+    "huge context": (hparams(n_ctx=10**30), "n_ctx must be .* got 1000000000000000000000000000000"),
     "hparams of another shape": (
         hparams(n_ctx=31),
         r"model/wpe has shape \[32, 12\], expected shape \[31, 12\]",
     ),
     "hparams missing": (hparams(n_embd=None), "hparams.json has no n_embd"),
-    "hparams negative": (hparams(n_layer=-1), "n_layer must be a whole number, 1 or more, got -1"),
+    "hparams negative": (
+        hparams(n_layer=-1),
+        "n_layer must be a whole number from 1 to 1000000, got -1",
+    ),
     "hparams zero": (hparams(n_head=0), "n_head must be .* got 0"),
     "hparams float": (hparams(n_embd=12.0), "n_embd must be .* got 12.0"),
     "hparams bool": (hparams(n_layer=True), "n_layer must be .* got True"),
@@ -426,9 +418,9 @@ def test_a_changed_data_file_is_verified_again(model_dir, monkeypatch, change, r
     load(model_dir)
     change(model_dir / DATA)
     asked = []
-    through = utils._read_with_tensorflow
+    through = utils.read_with_tensorflow
     monkeypatch.setattr(
-        utils, "_read_with_tensorflow", lambda *args: asked.append(1) or through(*args)
+        utils, "read_with_tensorflow", lambda *args: asked.append(1) or through(*args)
     )
     assert fails_or_is_right(model_dir) == right
     assert asked or not right
