@@ -9,6 +9,7 @@ import base64
 import contextlib
 import glob
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -19,13 +20,13 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from encoder import Encoder, get_encoder
+from encoder import GIT_LFS_POINTER, Encoder, get_encoder, read_json
 
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 FILES = {  # of a published model, with their SHA-256 for 124M; the other sizes have none published
@@ -39,6 +40,20 @@ FILES = {  # of a published model, with their SHA-256 for 124M; the other sizes 
 }
 IN_EVERY_SIZE = ("encoder.json", "vocab.bpe")
 HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+BUNDLED = "tiny"  # the model in this repository's own folder models
+HUB_NAMES = {  # the published models on the Hugging Face Hub
+    "124M": "openai-community/gpt2",
+    "355M": "openai-community/gpt2-medium",
+    "774M": "openai-community/gpt2-large",
+    "1558M": "openai-community/gpt2-xl",
+}
+OLD_NAMES = {  # other names of the published sizes
+    "117m": "124M",
+    "345m": "355M",
+    "762m": "774M",
+    "1542m": "1558M",
+    "1.5b": "1558M",
+}
 MAX_SIZE = 1_000_000  # no size in hparams.json may be larger
 MODEL_SIZES = {
     "124M": (50257, 1024, 768, 12, 12),
@@ -48,7 +63,9 @@ MODEL_SIZES = {
 }
 DATA_SUFFIX = ".data-00000-of-00001"  # of a checkpoint's only data file
 RECORD_SUFFIX = ".verified.json"  # of the record of its verification
-KNOWN_DATA: dict[tuple[int, ...], str] = {  # hparams -> SHA-256 of the data file: 124M and models/tiny
+KNOWN_DATA: dict[
+    tuple[int, ...], str
+] = {  # hparams -> SHA-256 of the data file: 124M and models/tiny
     MODEL_SIZES["124M"]: FILES["model.ckpt" + DATA_SUFFIX],
     (1024, 256, 128, 4, 4): "02ce5e2c9d75fd413b78a0123dfc08a2033169d137308353d6cebc8f0762d895",
 }
@@ -302,19 +319,19 @@ def _discard(part: str) -> None:
 def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[Encoder, dict, dict]:
     """Load the model in the folder models_dir/model_size -> (encoder, hparams, params).
 
-    A published model is downloaded first. Any other folder holds a TensorFlow checkpoint in
-    OpenAI's layout (fine-tuned ones are often named model-1000) or a Hugging Face model. hparams is
+    The folder holds a TensorFlow checkpoint in OpenAI's layout (fine-tuned ones are often named
+    model-1000) or a Hugging Face model. If it does not exist, a published model is downloaded from
+    OpenAI, owner/name from the Hugging Face Hub, and tiny is taken from this repository. hparams is
     a dict of n_vocab, n_ctx, n_embd, n_head and n_layer. For params see
     load_gpt2_params_from_tf_ckpt.
 
     Raises ValueError for an unknown model and for files that are damaged or do not fit together,
-    FileNotFoundError for a missing file, ImportError if TensorFlow is needed and missing, and what
-    download_gpt2_files raises.
+    FileNotFoundError for a missing file, ImportError if TensorFlow or huggingface_hub is needed and
+    missing, and what download_gpt2_files raises.
     """
-    check_name(model_size, models_dir)
-    model_dir = os.path.join(models_dir, model_size)
+    model_dir = find_model_dir(model_size, models_dir)
     tf_ckpt_path = find_checkpoint(model_dir)
-    if tf_ckpt_path is None and os.path.isfile(os.path.join(model_dir, "config.json")):
+    if is_hugging_face(model_dir, tf_ckpt_path):
         from hugging_face import load_hugging_face
 
         return load_hugging_face(model_dir)
@@ -322,41 +339,113 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[E
         tf_ckpt_path is None or os.path.basename(tf_ckpt_path) == "model.ckpt"
     )
     if is_published:
+        check_tensorflow(model_size, model_dir)
         download_gpt2_files(model_size, model_dir)
         tf_ckpt_path = find_checkpoint(model_dir)
     if tf_ckpt_path is None:
-        raise missing_model(model_dir)
-    encoder = get_encoder(model_size, models_dir)
+        raise missing_model(model_dir, model_size)
+    folder, name = os.path.split(model_dir)
+    encoder = get_encoder(name, folder)
     hparams = read_hparams(os.path.join(model_dir, "hparams.json"))
     if is_published and not _unverified():
         check_published(model_size, hparams, model_dir)
     n_tokens = len(encoder.decoder)
     if n_tokens != hparams["n_vocab"]:
-        n_vocab = hparams["n_vocab"]
-        raise ValueError(
-            f"{model_dir}: the vocabulary has {n_tokens} tokens, but n_vocab is {n_vocab}"
-        )
+        problem = f"the vocabulary has {n_tokens} tokens, but n_vocab is {hparams['n_vocab']}"
+        raise ValueError(f"{model_dir}: {problem}")
     return encoder, hparams, load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams)
 
 
-def check_name(model_size: str, models_dir: str) -> None:
-    """Raise ValueError unless model_size is the name of a folder."""
-    if model_size in ("", ".", "..") or re.search(r"[/\\:\0]", model_size):
+def find_model_dir(model_size: str, models_dir: str) -> str:
+    """Return the folder of a model. A model of the Hub is downloaded into it first.
+
+    model_size is the name of a folder, or owner/name as on the Hub.
+    """
+    is_name = model_size not in ("", ".", "..") and not re.search(r"[/\\:\0]", model_size)
+    is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model_size)
+    if not is_name and not is_hub_name:
         folder = os.path.abspath(models_dir)
         raise ValueError(f"model_size must name a folder in {folder}, got {model_size!r}")
+    model_dir = os.path.join(models_dir, model_size)
+    if not os.path.isdir(model_dir):
+        if model_size == BUNDLED:
+            return os.path.join(os.path.dirname(os.path.abspath(__file__)), "models", BUNDLED)
+        if is_hub_name:
+            from hugging_face import download_from_hub
+
+            download_from_hub(model_size, model_dir)
+    return model_dir
 
 
-def missing_model(model_dir: str) -> Exception:
+def is_hugging_face(model_dir: str, tf_ckpt_path: str | None) -> bool:
+    """Return whether to load a folder as a Hugging Face model. If it holds both, say so."""
+    if not os.path.isfile(os.path.join(model_dir, "config.json")):
+        return False
+    if tf_ckpt_path is None:
+        return True
+    weights = sorted(glob.glob("*.safetensors", root_dir=model_dir))
+    if not weights:
+        return False
+    if not all(map(os.path.isfile, [tf_ckpt_path + ".index", *data_files(tf_ckpt_path)])):
+        return True
+    taken = f"{model_dir} holds two models; the TensorFlow checkpoint is loaded"
+    complain("warning", f"{taken}. To load {weights[0]}, move the file `checkpoint` away")
+    return False
+
+
+def check_tensorflow(model_size: str, model_dir: str) -> None:
+    """Raise ImportError before a download that only TensorFlow, which is missing, could verify."""
+    is_known = MODEL_SIZES[model_size] in KNOWN_DATA
+    is_there = os.path.isfile(os.path.join(model_dir, "model.ckpt" + DATA_SUFFIX))
+    if is_known or is_there or importlib.util.find_spec("tensorflow"):
+        return
+    raise ImportError(
+        f"TensorFlow is not installed, and it must verify {model_size} after the download; install "
+        f"it with: pip install -r requirements.txt, or load {HUB_NAMES[model_size]}, the same "
+        "model, which needs no TensorFlow but: pip install huggingface_hub"
+    )
+
+
+def missing_model(model_dir: str, model_size: str) -> Exception:
     """Return an error that says what is in the place of the model, or which models are there."""
     model_dir = os.path.abspath(model_dir)
     if os.path.isdir(model_dir):
-        return FileNotFoundError(f"{model_dir} holds neither a checkpoint nor a config.json")
+        return FileNotFoundError(f"{model_dir} holds {what_is_there(model_dir)}")
+    hint = ""
+    size = published_size(model_size)
+    if size:
+        hint = f" (did you mean {size}, or {HUB_NAMES[size]} from the Hugging Face Hub?)"
     models_dir = os.path.dirname(model_dir)
-    files = glob.glob("*/checkpoint", root_dir=models_dir)
-    files += glob.glob("*/config.json", root_dir=models_dir)
+    files = []
+    for pattern in ("*/checkpoint", "*/config.json", "*/*/config.json"):
+        files += glob.glob(pattern, root_dir=models_dir)
     names = ", ".join(sorted({os.path.dirname(file) for file in files})) or "none"
     sizes = ", ".join(MODEL_SIZES)
-    return ValueError(f"there is no model {model_dir}; models there: {names}; published: {sizes}")
+    known = f"models there: {names}; published: {sizes}; bundled: {BUNDLED}"
+    return ValueError(f"there is no model {model_dir}{hint}; {known}")
+
+
+def what_is_there(model_dir: str) -> str:
+    """Describe a folder that holds no model."""
+    indices = sorted(glob.glob("*.index", root_dir=model_dir))
+    if indices:
+        line = f'model_checkpoint_path: "{indices[-1].removesuffix(".index")}"'
+        return f"{', '.join(indices)}, but no file named checkpoint, with the line {line}"
+    if os.path.isfile(os.path.join(model_dir, "adapter_config.json")):
+        return (
+            "a LoRA adapter, which is not a whole model; merge it with its base model first, with "
+            "merge_and_unload() and save_pretrained() of the package peft"
+        )
+    return "neither a checkpoint nor a config.json"
+
+
+def published_size(model_size: str) -> str | None:
+    """Return the published name of a size that is known under another name, too."""
+    spelling = model_size.lower()
+    for size, hub_name in HUB_NAMES.items():
+        if spelling in (size.lower(), hub_name.lower().rpartition("/")[2]):
+            return size
+    return OLD_NAMES.get(spelling)
 
 
 def find_checkpoint(model_dir: str) -> str | None:
@@ -380,34 +469,30 @@ def find_checkpoint(model_dir: str) -> str | None:
     return os.path.join(model_dir, name)
 
 
-def read_hparams(path: str) -> dict[str, int]:
+def read_hparams(path: str) -> dict[str, Any]:
     """Read and check hparams.json."""
     hparams = read_json(path)
-    check_hparams(hparams, path)
-    return hparams
-
-
-def read_json(path: str) -> dict:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        return dict(content.items())
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}; {REPLACE}") from None
-
-
-def check_hparams(hparams: dict, path: str) -> None:
-    """Raise ValueError, naming the file, unless hparams has GPT-2's five sizes and they fit."""
     for name in HPARAMS:
         if name not in hparams:
             raise ValueError(f"{path} has no {name}; {REPLACE}")
-        value = hparams[name]
-        if type(value) is not int or not 1 <= value <= MAX_SIZE:
-            rule = f"must be a whole number from 1 to {MAX_SIZE}"
-            raise ValueError(f"{path}: {name} {rule}, got {value!r}")
-    n_embd = hparams["n_embd"]
-    n_head = hparams["n_head"]
+    check_sizes({name: hparams[name] for name in HPARAMS}, path)
+    return hparams
+
+
+def check_sizes(sizes: dict[str, Any], path: str) -> None:
+    """Raise ValueError, naming the file, unless all sizes are possible and fit together."""
+    for name, value in sizes.items():
+        check_size(name, value, path)
+    n_embd = sizes["n_embd"]
+    n_head = sizes["n_head"]
     if n_embd % n_head:
         raise ValueError(f"{path}: n_embd {n_embd} is not a multiple of n_head {n_head}")
+
+
+def check_size(name: str, value: object, path: str) -> None:
+    if type(value) is not int or not 1 <= value <= MAX_SIZE:
+        rule = f"must be a whole number from 1 to {MAX_SIZE}"
+        raise ValueError(f"{path}: {name} {rule}, got {value!r}")
 
 
 def check_published(model_size: str, hparams: dict, model_dir: str) -> None:
@@ -462,8 +547,9 @@ def data_files(tf_ckpt_path: str) -> list[str]:
 def map_data_file(tf_ckpt_path: str, hparams: dict) -> dict[str, np.ndarray]:
     """Map the data file -> {name: array}.
 
-    Returns {} unless there is one data file, whose size is that of GPT-2's variables. TensorFlow writes the variables one after another, sorted by name. So hparams determine the size
-    of the file and the place of each variable in it.
+    Returns {} unless there is one data file, whose size is that of GPT-2's variables. TensorFlow
+    writes them one after another, sorted by name. So hparams determine the size of the file and the
+    place of each variable in it.
     """
     if data_files(tf_ckpt_path) != [tf_ckpt_path + DATA_SUFFIX]:
         return {}
@@ -492,11 +578,18 @@ def new_record(tf_ckpt_path: str, hparams: dict) -> dict[str, list[int]]:
     """Describe a checkpoint. Any change of its files or of hparams changes the record."""
     record = {"hparams": list(sizes_of(hparams))}
     for path in [tf_ckpt_path + ".index", *data_files(tf_ckpt_path)]:
-        with open(path, "rb") as file:  # raises an OSError that names the file
-            status = os.fstat(file.fileno())
+        refuse_pointer(path)
+        status = os.stat(path)
         kind = path.removeprefix(tf_ckpt_path)
         record[kind] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     return record
+
+
+def refuse_pointer(path: str) -> None:
+    """Raise ValueError if a file is only Git LFS's pointer to it, and OSError if it is missing."""
+    with open(path, "rb") as file:
+        if file.read(100).startswith(GIT_LFS_POINTER.encode()):
+            raise ValueError(f"{path} is a Git LFS pointer; get the file itself with: git lfs pull")
 
 
 def read_record(tf_ckpt_path: str) -> object:
@@ -543,23 +636,28 @@ def variable_shapes(hparams: dict, n_inner: int | None = None) -> Iterator[tuple
             yield f"model/h{layer}/{name}", shape
 
 
-def check_shapes(found: dict, hparams: dict, where: str, n_inner: int | None = None) -> list[str]:
+def check_shapes(found: dict, hparams: dict, where: str) -> list[str]:
     """Return the names of GPT-2's variables.
 
     Raises ValueError, naming `where`, unless found, {name: shape}, has all of them.
     """
     names = []
-    for name, shape in variable_shapes(hparams, n_inner):
-        expected = f"expected shape {list(shape)} from the model's sizes"
-        if name not in found:
-            raise ValueError(f"{where}: {name} is missing, {expected}")
-        if tuple(found[name]) not in (shape, shape[-2:]):
-            raise ValueError(f"{where}: {name} has shape {list(found[name])}, {expected}")
+    for name, shape in variable_shapes(hparams):
+        check_shape(where, name, found.get(name), shape)
         names.append(name)
     n_layer = hparams["n_layer"]
     if any(name.startswith(f"model/h{n_layer}/") for name in found):
         raise ValueError(f"{where} has more layers than n_layer, which is {n_layer}")
     return names
+
+
+def check_shape(where: str, name: str, found: Sequence[int] | None, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a variable was found with its shape. A leading 1 does not count."""
+    expected = f"expected shape {list(shape)} from the model's sizes"
+    if found is None:
+        raise ValueError(f"{where}: {name} is missing, {expected}")
+    if tuple(found) not in (shape, shape[-2:]):
+        raise ValueError(f"{where}: {name} has shape {list(found)}, {expected}")
 
 
 def nest(variables: dict[str, np.ndarray], hparams: dict) -> dict[str, Any]:
@@ -627,8 +725,11 @@ def import_tensorflow(tf_ckpt_path: str) -> Any:
 
 @contextlib.contextmanager
 def plain_path(path: str) -> Iterator[str]:
-    """Yield path, or the path of links to its files if TensorFlow would treat path as a pattern."""
-    if not re.search(r"[*?\[\]\\]", path.replace(os.sep, "/")):
+    """Yield path, or the path of links to its files if TensorFlow cannot use it as it is.
+
+    It would treat path as a pattern, and it only takes UTF-8.
+    """
+    if not re.search(r"[*?\[\]\\\ud800-\udfff]", path.replace(os.sep, "/")):
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
