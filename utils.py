@@ -16,6 +16,7 @@ import math
 import mmap
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -54,6 +55,24 @@ OLD_NAMES = {  # other names of the published sizes
     "1542m": "1558M",
     "1.5b": "1558M",
 }
+HUB_FILES = [  # of a model on the Hub, without its weights
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "model.safetensors.index.json",
+]
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),  # the upper half of a float32
+}
+MASKS = (".attn.bias", ".attn.masked_bias")  # stored by old versions; not parameters
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
 MAX_SIZE = 1_000_000  # no size in hparams.json may be larger
 MODEL_SIZES = {
     "124M": (50257, 1024, 768, 12, 12),
@@ -371,8 +390,6 @@ def find_model_dir(model_size: str, models_dir: str) -> str:
         if model_size == BUNDLED:
             return os.path.join(os.path.dirname(os.path.abspath(__file__)), "models", BUNDLED)
         if is_hub_name:
-            from hugging_face import download_from_hub
-
             download_from_hub(model_size, model_dir)
     return model_dir
 
@@ -736,6 +753,116 @@ def plain_path(path: str) -> Iterator[str]:
         for file in glob.glob(glob.escape(path) + ".*"):
             os.symlink(os.path.abspath(file), os.path.join(folder, "model" + file[len(path) :]))
         yield os.path.join(folder, "model")
+
+
+# safetensors
+
+
+def read_safetensors(path: str) -> dict[str, np.ndarray]:
+    """Read a file -> {name: float32 array}.
+
+    A file is 8 bytes with the length of the header, the header in JSON, and the data.
+    """
+    refuse_pointer(path)
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        try:
+            if start > MAX_HEADER_BYTES:
+                raise ValueError(f"its header cannot have {start - 8} bytes")
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            header = json.loads(content[8:start].decode("utf-8"))
+            header.pop("__metadata__", None)
+            return read_tensors(header, memoryview(content)[start:])
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+            problem = f"is damaged or not supported: {type(error).__name__}: {error}"
+        except RecursionError:
+            problem = "is damaged: its header is nested too deeply"
+    raise ValueError(f"{path} {problem}; {REPLACE}")
+
+
+def read_tensors(header: dict[str, Any], data: memoryview) -> dict[str, np.ndarray]:
+    """Return the tensors that a header describes.
+
+    Raises ValueError unless they fill the data exactly, one after another.
+    """
+    tensors = {}
+    position = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if begin != position:
+            raise ValueError(f"a gap or an overlap at {name!r}")
+        if not name.endswith(MASKS):
+            tensors[name] = to_array(data[begin:end], entry["dtype"], entry["shape"])
+        position = end
+    if position != len(data):
+        raise ValueError("the tensors end elsewhere than the file")
+    return tensors
+
+
+def to_array(data: memoryview, dtype: str, shape: list[int]) -> np.ndarray:
+    """Return a tensor as a float32 array, mapped if it is stored as aligned float32."""
+    if dtype not in list(DTYPES):
+        raise ValueError(f"type {dtype!r} is not one of {', '.join(DTYPES)}")
+    array = np.frombuffer(data, DTYPES[dtype]).reshape(shape)
+    if dtype == "BF16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return np.require(array, np.float32, "A")
+
+
+# The Hugging Face Hub
+
+
+def download_from_hub(name: str, model_dir: str) -> None:
+    """Download the model owner/name from the Hugging Face Hub into the folder model_dir.
+
+    The package huggingface_hub does the work. It reads HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE
+    from the environment, and it resumes an interrupted download, which is kept in model_dir.part.
+
+    Raises ConnectionError if the model cannot be downloaded, FileNotFoundError or ValueError,
+    before its weights are downloaded, if it is not a GPT-2 in safetensors, and ImportError if the
+    package is missing.
+    """
+    try:
+        from huggingface_hub import HfApi, snapshot_download
+    except ImportError:
+        problem = f"{name} is downloaded with the package huggingface_hub; install it with"
+        raise ImportError(f"{problem}: pip install huggingface_hub") from None
+    from hugging_face import CONVERT, WEIGHTS, read_config, read_encoder
+
+    part = model_dir + ".part"
+    info = ask_hub(HfApi().repo_info, name, revision="main")
+    files = {sibling.rfilename for sibling in info.siblings or []}
+    options = {"revision": info.sha, "local_dir": part}
+    try:
+        for needed in (["config.json"], [WEIGHTS, WEIGHTS + ".index.json"]):
+            if files.isdisjoint(needed):
+                raise FileNotFoundError(f"{name} on the Hub has no {needed[0]}; {CONVERT}")
+        ask_hub(snapshot_download, name, allow_patterns=HUB_FILES, **options)
+        read_config(os.path.join(part, "config.json"))
+        read_encoder(part)
+    except (ValueError, FileNotFoundError):
+        shutil.rmtree(part, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(model_dir))  # the owner's folder, if it is empty
+        raise
+    weights = [WEIGHTS] if WEIGHTS in files else ["model-*.safetensors"]
+    ask_hub(snapshot_download, name, allow_patterns=weights, **options)
+    os.replace(part, model_dir)
+
+
+def ask_hub(function: Callable, name: str, **options: Any) -> Any:
+    """Call a function of huggingface_hub. Its errors have many types; make them one line of one."""
+    try:
+        return function(name, **options)
+    except Exception as error:
+        response = getattr(error, "response", None)
+        status = getattr(response, "status_code", None)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if status in (401, 403):
+        reason = "it does not exist, or it is private or gated and needs a token in HF_TOKEN"
+    elif status == 404:
+        reason = "it does not exist"
+    raise ConnectionError(f"cannot download {name} from the Hugging Face Hub: {reason}")
 
 
 # The terminal, shared by gpt2.py and the examples
