@@ -16,6 +16,8 @@ import numpy as np
 import utils
 from encoder import END_OF_TEXT, Encoder, check_vocabulary, read_json, read_merges
 
+Json = dict[str, Any]  # an object in a JSON file
+
 SIZES = ["vocab_size", "n_positions", "n_embd", "n_head", "n_layer"]  # the names of utils.HPARAMS
 DEFAULTS = {  # of transformers' GPT2Config
     "model_type": "gpt2",
@@ -76,8 +78,8 @@ def load_hugging_face(model_dir: str) -> tuple[Encoder, dict, dict]:
     n_rows = hparams["n_vocab"]
     n_tokens = len(encoder.decoder)
     if abs(n_rows - n_tokens) > MAX_PADDING:
-        counts = f"wte has {n_rows} rows, but the vocabulary has {n_tokens} tokens"
-        utils.complain("warning", f"{model_dir}: {counts}; do they belong together?")
+        problem = f"wte has {n_rows} rows, but the vocabulary has {n_tokens} tokens"
+        utils.complain("warning", f"{model_dir}: {problem}")
     params["wte"] = params["wte"][:n_tokens]
     hparams["n_vocab"] = len(params["wte"])
     return encoder, hparams, params
@@ -91,7 +93,7 @@ def unsupported(path: str, setting: str, value: object, values: list) -> ValueEr
 # The configuration
 
 
-def read_config(path: str) -> dict[str, Any]:
+def read_config(path: str) -> Json:
     """Read and check config.json. Absent keys get their defaults, and aliases their real names."""
     content = read_json(path)
     config = DEFAULTS | {"n_positions": content.get("n_ctx", 1024)} | content
@@ -102,7 +104,7 @@ def read_config(path: str) -> dict[str, Any]:
     return config
 
 
-def check_config(config: dict[str, Any], path: str) -> None:
+def check_config(config: Json, path: str) -> None:
     """Raise ValueError, naming the setting, for a model that gpt2.py cannot run."""
     from gpt2 import ACTIVATIONS
 
@@ -126,7 +128,7 @@ def check_config(config: dict[str, Any], path: str) -> None:
         utils.check_size("n_inner", config["n_inner"], path)
 
 
-def set_variants(params: dict[str, Any], config: dict[str, Any]) -> None:
+def set_variants(params: Json, config: Json) -> None:
     """Put into params what differs from GPT-2 in the functions of gpt2.py."""
     from gpt2 import ACTIVATIONS
 
@@ -153,7 +155,7 @@ def set_variants(params: dict[str, Any], config: dict[str, Any]) -> None:
 # The weights
 
 
-def read_variables(model_dir: str, config: dict, hparams: dict) -> dict[str, np.ndarray]:
+def read_variables(model_dir: str, config: Json, hparams: Json) -> dict[str, np.ndarray]:
     """Read GPT-2's variables -> {our name: float32 array}."""
     tensors: dict[str, np.ndarray] = {}
     for path in weight_files(model_dir):
@@ -188,8 +190,7 @@ def weight_files(model_dir: str) -> list[str]:
     if not os.path.isfile(os.path.join(model_dir, WEIGHTS)):
         index = read_optional(model_dir, INDEX).get("weight_map")
         if not isinstance(index, dict):
-            path = os.path.abspath(model_dir)
-            raise FileNotFoundError(f"{path} has no {WEIGHTS} or valid {INDEX}; {CONVERT}")
+            raise FileNotFoundError(f"{model_dir} has no {WEIGHTS} or valid {INDEX}; {CONVERT}")
         names = sorted({str(name) for name in index.values()})
     return [os.path.join(model_dir, name) for name in names]
 
@@ -221,22 +222,24 @@ def read_encoder(model_dir: str) -> Encoder:
             path = os.path.join(model_dir, "vocab.json")
             tokenizer = tokenizer_from_vocabulary(path, settings)
         return encoder_from_tokenizer(tokenizer, settings, path)
-    except (AttributeError, IndexError, KeyError, TypeError, UnicodeError) as error:
+    except (AttributeError, LookupError, TypeError, UnicodeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}; {utils.REPLACE}") from None
 
 
-def read_optional(model_dir: str, name: str) -> dict[str, Any]:
+def read_optional(model_dir: str, name: str) -> Json:
     """Read a JSON file. Return {} if there is none."""
     path = os.path.join(model_dir, name)
-    return read_json(path) if os.path.isfile(path) else {}
+    if not os.path.isfile(path):
+        return {}
+    return read_json(path)
 
 
-def tokenizer_from_vocabulary(path: str, settings: dict[str, Any]) -> dict[str, Any]:
+def tokenizer_from_vocabulary(path: str, settings: Json) -> Json:
     """Read vocab.json, merges.txt and added_tokens.json -> what a tokenizer.json would hold."""
     folder = os.path.dirname(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(
-            f"{os.path.abspath(folder)} has no vocabulary: it needs tokenizer.json, or vocab.json "
+            f"{folder} has no vocabulary: it needs tokenizer.json, or vocab.json "
             "and merges.txt (not SentencePiece's *.model or WordPiece's vocab.txt)"
         )
     for setting, values in VOCABULARY_SETTINGS.items():
@@ -260,7 +263,7 @@ def tokenizer_from_vocabulary(path: str, settings: dict[str, Any]) -> dict[str, 
     }
 
 
-def check_tokenizer(tokenizer: dict[str, Any], settings: dict[str, Any], path: str) -> None:
+def check_tokenizer(tokenizer: Json, settings: Json, path: str) -> None:
     """Raise ValueError, naming the setting, for a tokenizer.json that Encoder cannot do."""
     for setting, values in TOKENIZER_SETTINGS.items():
         value: Any = tokenizer
@@ -274,7 +277,7 @@ def check_tokenizer(tokenizer: dict[str, Any], settings: dict[str, Any], path: s
         raise ValueError(f"{path}: {problem}, but tokenizer_config.json says the opposite")
 
 
-def encoder_from_tokenizer(tokenizer: dict, settings: dict, path: str) -> Encoder:
+def encoder_from_tokenizer(tokenizer: Json, settings: Json, path: str) -> Encoder:
     """Make an Encoder that does what a tokenizer.json says. path is for messages."""
     model = tokenizer["model"]
     merges = [read_merge(merge, path) for merge in model["merges"]]
@@ -322,7 +325,7 @@ def read_merge(merge: Any, path: str) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-def named_tokens(tokenizer: dict, settings: dict) -> dict[str, dict]:
+def named_tokens(tokenizer: Json, settings: Json) -> dict[str, Json]:
     """Return the added tokens of tokenizer.json and the tokens that tokenizer_config.json names.
 
     The result is {name: {"special": ..., "id": ..., and other flags}}. tokenizer.json comes first.
@@ -340,7 +343,7 @@ def named_tokens(tokenizer: dict, settings: dict) -> dict[str, dict]:
         token = token_entry(value)
         if token:
             tokens.append(token | {"special": True})
-    named: dict[str, dict] = {}
+    named: dict[str, Json] = {}
     for token in tokens:
         name = token["content"]
         name.encode("utf-8")  # raises UnicodeError for half a character
@@ -350,14 +353,14 @@ def named_tokens(tokenizer: dict, settings: dict) -> dict[str, dict]:
     return named
 
 
-def token_entry(value: Any) -> dict:
+def token_entry(value: Any) -> Json:
     """Return {"content": name, ...} of a token that is given as a name or as a dict, else {}."""
     if isinstance(value, str):
         return {"content": value}
     return value if isinstance(value, dict) else {}
 
 
-def first_tokens(tokenizer: dict, path: str) -> list[str]:
+def first_tokens(tokenizer: Json, path: str) -> list[str]:
     """Return the tokens that a post-processor puts before each text."""
     processor = tokenizer.get("post_processor") or {}
     kind = processor.get("type")
@@ -382,6 +385,7 @@ def configured_ids(model_dir: str, key: str, n_tokens: int) -> list[int] | None:
         value = config.get(key, DEFAULT_END)
     if value is None:
         return []
-    n_rows = min(n_tokens, config.get("vocab_size", DEFAULTS["vocab_size"]))
+    n_rows = config.get("vocab_size", DEFAULTS["vocab_size"])
+    n_rows = min(n_rows, n_tokens)
     ids = value if isinstance(value, list) else [value]
     return [i for i in ids if type(i) is int and 0 <= i < n_rows] or None

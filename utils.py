@@ -824,11 +824,14 @@ def download_from_hub(name: str, model_dir: str) -> None:
     """
     try:
         from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.utils import disable_progress_bars
     except ImportError:
         problem = f"{name} is downloaded with the package huggingface_hub; install it with"
         raise ImportError(f"{problem}: pip install huggingface_hub") from None
     from hugging_face import CONVERT, WEIGHTS, read_config, read_encoder
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # they would fill a log file
     part = model_dir + ".part"
     info = ask_hub(HfApi().repo_info, name, revision="main")
     files = {sibling.rfilename for sibling in info.siblings or []}
