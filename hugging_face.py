@@ -79,7 +79,7 @@ def load_hugging_face(model_dir: str) -> tuple[Encoder, dict, dict]:
     n_tokens = len(encoder.decoder)
     if abs(n_rows - n_tokens) > MAX_PADDING:
         problem = f"wte has {n_rows} rows, but the vocabulary has {n_tokens} tokens"
-        utils.complain("warning", f"{model_dir}: {problem}")
+        utils.note(f"warning: {model_dir}: {problem}")
     params["wte"] = params["wte"][:n_tokens]
     hparams["n_vocab"] = len(params["wte"])
     return encoder, hparams, params
