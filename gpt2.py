@@ -1,157 +1,196 @@
-"""GPT-2 in NumPy: first the model, bottom-up, one formula per function; then generation, scoring, the command line.
+"""GPT-2 in NumPy: the model, one formula per function; then generation, scoring, the command line.
 
-The formulas are those of openai/gpt-2's model.py. The paper is "Language Models are Unsupervised Multitask Learners"
-(Radford et al., 2019). All arrays are float32. Dimensions:
+The formulas are those of openai/gpt-2's model.py. The paper is "Language Models are Unsupervised
+Multitask Learners" (Radford et al., 2019). All arrays are float32. Dimensions:
 
     n_vocab, n_ctx, n_embd, n_head, n_layer    the sizes of the model, as in hparams.json
     d_head                                     n_embd / n_head, the width of one attention head
     n_seq                                      the number of tokens in this call
-    n_kv                                       n_seq plus the number of tokens in the key/value cache
-    ...                                        nothing, or leading axes for several sequences at once
+    n_kv                                       n_seq plus the number of tokens in the cache
+    ...                                        nothing, or leading axes for several sequences
 """
 
+import collections
 import contextlib
+import difflib
 import functools
 import inspect
-import io
 import math
 import os
 import re
 import sys
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 BLOCK_ROWS = 32  # rows per block in gelu and layer_norm: the temporaries fit into the CPU's cache
-ATTENTION_ROWS = (
-    128  # queries per block: large enough for fast products, small enough to skip most future keys
-)
+ATTENTION_ROWS = 128  # queries per block: large products, but most future keys can be skipped
 FEW_ROWS = 64  # with fewer rows than this, (w.T @ x.T).T is faster than x @ w in OpenBLAS
+PROMPT_ROWS = 16  # with more rows than this, a call uses threads of its own instead of BLAS's
+BLOCKS_PER_THREAD = 4  # in a product: a thread that another program delays leaves some to others
+LOGIT_ROWS = 16  # rows of logits per block in target_log_probs: 3 MB for GPT-2's vocabulary
 
-# glibc returns freed memory to the system, and new pages must be zeroed again. Freeing one large block first raises its
-# threshold, so later temporaries are reused: a long prompt takes 8% less time.
+# glibc returns freed memory to the system, and new pages must be zeroed again. Freeing one large
+# block first raises its threshold, so later temporaries are reused: a prompt takes 8% less time.
 np.empty(32_000_000, np.uint8)
 
+Array = np.ndarray
 
-def in_blocks_of_rows(function):
-    """Decorator: apply a function that works on each row (last axis) to BLOCK_ROWS rows at a time."""
+
+def in_blocks_of_rows(function: Callable) -> Callable:
+    """Decorator: apply a function of each row (last axis) to BLOCK_ROWS rows at a time."""
 
     @functools.wraps(function)
     def in_blocks(x, *args, **kwargs):
-        x = np.asarray(x)
-        if x.ndim < 2 or x.size <= BLOCK_ROWS * x.shape[-1]:
-            return function(x, *args, **kwargs)
-        rows = x.reshape(-1, x.shape[-1])
-        y = np.empty(rows.shape, np.result_type(x, np.float32))
-        for start in range(0, len(rows), BLOCK_ROWS):
-            y[start : start + BLOCK_ROWS] = function(
-                rows[start : start + BLOCK_ROWS], *args, **kwargs
-            )
-        return y.reshape(x.shape)
+        return apply_to_rows(function, np.asarray(x), *args, **kwargs)
 
     return in_blocks
 
 
+def with_own_threads(function: Callable) -> Callable:
+    """Decorator: spread the work of a call with more than PROMPT_ROWS token ids over threads."""
+
+    @functools.wraps(function)
+    def spread(inputs, *args, **kwargs):
+        if np.size(inputs) <= PROMPT_ROWS:
+            return function(inputs, *args, **kwargs)
+        with own_threads():
+            return function(inputs, *args, **kwargs)
+
+    return spread
+
+
 @in_blocks_of_rows
-def gelu(x):
-    """Gaussian error linear unit in its tanh approximation (Hendrycks & Gimpel, 2016), elementwise."""
+def gelu(x: Array) -> Array:
+    """Gaussian error linear unit in its tanh approximation (Hendrycks & Gimpel, 2016)."""
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
-def softmax(x):
-    """exp(x) / sum(exp(x)) over the last axis. Subtracting the maximum prevents overflow and changes nothing else."""
+def softmax(x: Array) -> Array:
+    """exp(x) / sum(exp(x)) over the last axis. Subtracting the maximum only prevents overflow."""
     exp_x = np.exp(x - x.max(axis=-1, keepdims=True))
     exp_x /= exp_x.sum(axis=-1, keepdims=True)
     return exp_x
 
 
 @in_blocks_of_rows
-def layer_norm(x, g, b, eps=1e-5):
-    """Normalize x [..., n_embd] to mean 0 and variance 1, then scale by g and shift by b [n_embd] (Ba et al., 2016)."""
+def layer_norm(x: Array, g: Array, b: Array, eps: float = 1e-5) -> Array:
+    """Normalize x [..., n_embd] to mean 0 and variance 1, then scale by g and shift by b [n_embd].
+
+    See "Layer Normalization" (Ba et al., 2016).
+    """
     n_embd = x.shape[-1]
     x = x - x.sum(axis=-1, keepdims=True) / n_embd
     variance = (x * x).sum(axis=-1, keepdims=True) / n_embd
     return g * x / np.sqrt(variance + eps) + b
 
 
-def matmul(x, w):
-    """x @ w as one product for all leading axes: x [..., n_in], w [n_in, n_out] -> [..., n_out]."""
-    rows = x.reshape(-1, x.shape[-1])
-    y = np.ascontiguousarray((w.T @ rows.T).T) if 1 < len(rows) < FEW_ROWS else rows @ w
-    return y.reshape(*x.shape[:-1], w.shape[-1])
-
-
-def linear(x, w, b):
+def linear(x: Array, w: Array, b: Array) -> Array:
     """x @ w + b: x [..., n_in], w [n_in, n_out], b [n_out] -> [..., n_out]."""
-    y = matmul(x, w)
-    return np.add(y, b, out=y if y.dtype == b.dtype else None)  # in place, except with integers
+    return matmul(x, w, b)
 
 
-def ffn(x, c_fc, c_proj):
-    """Feed-forward network, applied to each position: [..., n_embd] -> [..., 4 * n_embd] -> [..., n_embd]."""
-    return linear(gelu(linear(x, **c_fc)), **c_proj)
+def ffn(x: Array, c_fc: dict, c_proj: dict, activation: Callable | None = None) -> Array:
+    """Feed-forward network, applied to each position: x [..., n_embd] -> [..., n_embd].
+
+    c_fc makes the states 4 * n_embd wide, c_proj makes them n_embd wide again.
+    activation: gelu by default.
+    """
+    activation = activation or gelu
+    return linear(activation(linear(x, **c_fc)), **c_proj)
 
 
-def attention(q, k, v, mask=0.0):
-    """Scaled dot-product attention (Vaswani et al., 2017): the mean of v, weighted by how well k matches q.
+def attention(
+    q: Array, k: Array, v: Array, mask: Array | float = 0.0, scale: float | None = None
+) -> Array:
+    """Scaled dot-product attention (Vaswani et al., 2017): the mean of v, weighted by q @ k.
 
     q [..., n_q, d_head], k and v [..., n_kv, d_head], mask [n_q, n_kv] -> [..., n_q, d_head].
+    scale: 1 / sqrt(d_head) by default.
     """
-    weights = softmax(q / math.sqrt(q.shape[-1]) @ k.swapaxes(-1, -2) + mask)  # [..., n_q, n_kv]
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    weights = softmax(scale * q @ k.swapaxes(-1, -2) + mask)  # [..., n_q, n_kv]
     return weights @ v
 
 
-@functools.lru_cache(maxsize=8)  # all layers use the same masks
-def causal_mask(n_q, n_kv):
-    """Mask [n_q, n_kv] for the last n_q of n_kv positions: 0 up to the query's own position, -1e10 after it.
+@functools.lru_cache(maxsize=16)  # all layers use the same masks
+def causal_mask(n_q: int, n_kv: int) -> Array:
+    """Mask [n_q, n_kv] for the last n_q of n_kv positions. The array is read-only.
 
-    causal_mask(2, 3) is [[0, 0, -1e10], [0, 0, 0]]. The array is read-only.
+    It is 0 up to the query's own position and -1e10 after it: causal_mask(2, 3) is
+    [[0, 0, -1e10], [0, 0, 0]].
     """
     mask = np.triu(np.full((n_q, n_kv), -1e10, np.float32), k=n_kv - n_q + 1)
     mask.flags.writeable = False
     return mask
 
 
-def causal_attention(q, k, v):
-    """attention with a causal mask, for the last n_q of n_kv positions, ATTENTION_ROWS queries at a time."""
-    n_q, n_kv = q.shape[-2], k.shape[-2]
-    parts = []
-    for start in range(0, n_q, ATTENTION_ROWS):
-        end = min(start + ATTENTION_ROWS, n_q)
+def causal_attention(q: Array, k: Array, v: Array, scale: float | None = None) -> Array:
+    """attention for the last n_q of n_kv positions, each of which sees only those before it."""
+    n_q = q.shape[-2]
+    n_kv = k.shape[-2]
+    y = np.empty_like(q)
+
+    def attend(start, end):
         n_seen = n_kv - n_q + end  # later keys are in the future of every query in this block
         mask = causal_mask(end - start, n_seen)
-        parts.append(attention(q[..., start:end, :], k[..., :n_seen, :], v[..., :n_seen, :], mask))
-    return np.concatenate(parts, axis=-2)
+        seen_k = k[..., :n_seen, :]
+        seen_v = v[..., :n_seen, :]
+        y[..., start:end, :] = attention(q[..., start:end, :], seen_k, seen_v, mask, scale)
+
+    for_blocks(attend, n_q, ATTENTION_ROWS)
+    return y
 
 
-def mha(x, c_attn, c_proj, n_head, kv=None, n_out=None):
-    """Causal multi-head self-attention: [..., n_seq, n_embd] -> [..., n_out, n_embd], for the last n_out positions.
+def mha(
+    x: Array,
+    c_attn: dict,
+    c_proj: dict,
+    n_head: int,
+    kv: Array | None = None,
+    n_out: int | None = None,
+    scale: float | None = None,
+) -> Array:
+    """Causal multi-head self-attention: [..., n_seq, n_embd] -> [..., n_out, n_embd].
 
-    kv: this layer's part of a KVCache, [2, ..., n_head, n_kv, d_head]. mha fills its last n_seq positions.
-    n_out: the number of last positions to compute (1 or more); all by default.
-    Example: in 124M, 10 tokens are x [10, 768]. c_attn turns it into qkv [10, 2304]: for each token 3 * 12 heads * 64.
-    So q, k, v and the result of attention are [12, 10, 64] each. Joining the heads gives [10, 768] again.
+    kv: this layer's part of a KVCache, [2, ..., n_head, n_kv, d_head]. mha fills its last n_seq
+    positions. n_out: how many last positions to compute; all by default. scale: see attention.
+
+    In 124M, 10 tokens are x [10, 768]. c_attn turns it into qkv [10, 2304]: for each token q, k
+    and v with 12 heads of 64 each. So q, k, v and the result of attention are [12, 10, 64].
+    Joining the heads gives [10, 768] again.
     """
     *batch, n_seq, n_embd = x.shape
     qkv = linear(x, **c_attn)  # [..., n_seq, 3 * n_embd]
-    qkv = qkv.reshape(*batch, n_seq, 3, n_head, n_embd // n_head).swapaxes(
-        -4, -2
-    )  # [..., n_head, 3, n_seq, d_head]
-    q, k, v = (
-        qkv[..., 0, :, :],
-        qkv[..., 1, :, :],
-        qkv[..., 2, :, :],
-    )  # [..., n_head, n_seq, d_head] each
+    qkv = qkv.reshape(*batch, n_seq, 3, n_head, n_embd // n_head)
+    qkv = qkv.swapaxes(-4, -2)  # [..., n_head, 3, n_seq, d_head]
+    q = qkv[..., 0, :, :]  # [..., n_head, n_seq, d_head], and so are k and v
+    k = qkv[..., 1, :, :]
+    v = qkv[..., 2, :, :]
     if kv is not None:
-        kv[0][..., -n_seq:, :], kv[1][..., -n_seq:, :] = k, v
+        kv[0][..., -n_seq:, :] = k
+        kv[1][..., -n_seq:, :] = v
         k, v = kv  # [..., n_head, n_kv, d_head] each
     if n_out is not None:
         q = q[..., -n_out:, :]
-    y = causal_attention(q, k, v)  # [..., n_head, n_out, d_head]
+    y = causal_attention(q, k, v, scale)  # [..., n_head, n_out, d_head]
     y = y.swapaxes(-3, -2).reshape(*batch, -1, n_embd)  # [..., n_out, n_embd]
     return linear(y, **c_proj)
 
 
-def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None, n_out=None):
+def transformer_block(
+    x: Array,
+    mlp: dict,
+    attn: dict,
+    ln_1: dict,
+    ln_2: dict,
+    n_head: int,
+    kv: Array | None = None,
+    n_out: int | None = None,
+) -> Array:
     """One layer: [..., n_seq, n_embd] -> [..., n_out, n_embd], with kv and n_out as in mha."""
     y = mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv, n_out=n_out)
     x = x[..., -y.shape[-2] :, :] + y
@@ -159,254 +198,706 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kv=None, n_out=None):
 
 
 class KVCache:
-    """The keys and values of the tokens that the model has processed, so that it need not process them again.
+    """The keys and values of the tokens that the model has seen, so that it can go on after them.
 
-    params, n_head: of the model. n_max: how many tokens fit, n_ctx by default. batch: the shape of the leading axes.
+    params, n_head: of the model. n_max: how many tokens fit, n_ctx by default. batch: the shape of
+    the leading axes of the inputs.
+
     kv is float32 [n_layer, 2, *batch, n_head, n_max, d_head]. Its first n_past tokens are valid.
     """
 
-    def __init__(self, params, n_head, n_max=None, batch=()):
+    def __init__(self, params: dict, n_head: int, n_max: int | None = None, batch: tuple = ()):
         n_ctx, n_embd = params["wpe"].shape
-        self.kv = np.empty(
-            (len(params["blocks"]), 2, *batch, n_head, n_max or n_ctx, n_embd // n_head), np.float32
-        )
+        check_n_head(n_head, n_embd)
+        shape = (len(params["blocks"]), 2, *batch, n_head, n_max or n_ctx, n_embd // n_head)
+        self.kv = np.empty(shape, np.float32)
         self.n_past = 0
 
 
-@np.errstate(under="ignore")  # softmax may underflow, whatever np.seterr is set to
-def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, n_out=None):
-    """Predict the token after each position: token ids [..., n_seq] -> float32 logits [..., n_out, n_vocab].
+@with_own_threads
+def gpt2(
+    inputs: Any,
+    wte: Array,
+    wpe: Array,
+    blocks: list[dict],
+    ln_f: dict,
+    n_head: int,
+    cache: KVCache | None = None,
+    n_out: int | None = None,
+) -> Array:
+    """Predict each next token: ids [..., n_seq] -> float32 logits [..., n_out, n_vocab].
 
+    inputs: token ids, of any integer type. n_head: as in hparams; the parameters cannot tell it.
     cache: a KVCache. The inputs continue the tokens in it and are added to it.
-    n_out: the number of last positions to compute logits for (1 or more); all by default.
+    n_out: how many last positions to compute logits for; all by default.
 
-    Raises TypeError if the inputs are not integers. Raises ValueError if there are none, if one is not in the
-    vocabulary, or if the tokens exceed n_ctx or the cache's n_max.
+    Raises TypeError if the inputs are not integers. Raises ValueError if there are none, if one is
+    not in the vocabulary, if the tokens exceed n_ctx or the cache's n_max, or if n_head, n_out or
+    the cache does not fit. The cache is then unchanged.
     """
-    inputs = _checked_ids(inputs, len(wte))
-    n_past = cache.n_past if cache else 0
+    x = final_states(inputs, wte, wpe, blocks, ln_f, n_head, cache, n_out)
+    return matmul(x, wte.T)  # weight tying: the embeddings are the output weights, too
+
+
+@with_own_threads
+@np.errstate(under="ignore")  # softmax may underflow, whatever np.seterr is set to
+def final_states(
+    inputs: Any,
+    wte: Array,
+    wpe: Array,
+    blocks: list[dict],
+    ln_f: dict,
+    n_head: int,
+    cache: KVCache | None = None,
+    n_out: int | None = None,
+) -> Array:
+    """All of `gpt2` but the last product: ids [..., n_seq] -> float32 [..., n_out, n_embd]."""
+    inputs = check_ids(inputs, len(wte))
+    check_n_head(n_head, wte.shape[1])
+    check_n_out(n_out)
+    n_past = 0
+    n_positions = len(wpe)
+    if cache is not None:
+        check_cache(cache, inputs.shape[:-1], len(blocks), n_head, wte.shape[1])
+        n_past = cache.n_past
+        n_positions = min(n_positions, cache.kv.shape[-2])
     n_kv = n_past + inputs.shape[-1]
-    n_positions = min(len(wpe), cache.kv.shape[-2]) if cache else len(wpe)
     if n_kv > n_positions:
         raise ValueError(f"{n_kv} tokens do not fit: there are {n_positions} positions")
+
     x = wte[inputs] + wpe[n_past:n_kv]  # token and position embeddings, [..., n_seq, n_embd]
     for layer, block in enumerate(blocks):
-        kv = cache.kv[layer][..., :n_kv, :] if cache else None
-        is_last = (
-            layer == len(blocks) - 1
-        )  # n_out applies to the last layer; the others need all positions
+        kv = None if cache is None else cache.kv[layer][..., :n_kv, :]
+        is_last = layer == len(blocks) - 1  # the layers before it need all positions
         x = transformer_block(x, **block, n_head=n_head, kv=kv, n_out=n_out if is_last else None)
-    if cache:
+    if cache is not None:
         cache.n_past = n_kv
-    return matmul(
-        layer_norm(x, **ln_f), wte.T
-    )  # weight tying: the embeddings are the output weights, too
+    return layer_norm(x, **ln_f)
 
 
-def _checked_ids(ids, n_vocab, max_ndim=32):
-    ids = np.asarray(ids)
+# The activations of GPT-2's relatives, which a Hugging Face folder may ask for
+
+
+@in_blocks_of_rows
+def exact_gelu(x: Array) -> Array:
+    """x times the normal distribution function (Hendrycks & Gimpel, 2016)."""
+    return 0.5 * x * (1 + erf(x / math.sqrt(2)))
+
+
+def erf(x: Array) -> Array:
+    """The error function, to 1.5e-7: formula 7.1.26 of Abramowitz & Stegun (1964)."""
+    t = 1 / (1 + 0.3275911 * np.abs(x))
+    series = 0.254829592 + t * (
+        -0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))
+    )
+    return np.sign(x) * (1 - t * series * np.exp(-x * x))
+
+
+@in_blocks_of_rows
+def relu(x: Array) -> Array:
+    """Rectified linear unit."""
+    return np.maximum(x, 0)
+
+
+@in_blocks_of_rows
+def silu(x: Array) -> Array:
+    """x * sigmoid(x), with the sigmoid as a tanh, which cannot overflow."""
+    return 0.5 * x * (1 + np.tanh(0.5 * x))
+
+
+ACTIVATIONS = {  # by their names in transformers
+    "gelu_new": gelu,
+    "gelu_pytorch_tanh": gelu,
+    "gelu": exact_gelu,
+    "relu": relu,
+    "silu": silu,
+    "swish": silu,
+}
+
+
+# What speed needs. The formulas above call these functions and do not depend on how they work.
+
+
+def apply_to_rows(function: Callable, x: Array, *args, **kwargs) -> Array:
+    """function(x), computed for BLOCK_ROWS rows (last axis) at a time."""
+    if x.size <= BLOCK_ROWS * x.shape[-1]:
+        return function(x, *args, **kwargs)
+    rows = x.reshape(-1, x.shape[-1])
+    y = np.empty(rows.shape, np.result_type(x, np.float32))
+
+    def apply(start, end):
+        y[start:end] = function(rows[start:end], *args, **kwargs)
+
+    for_blocks(apply, len(rows), BLOCK_ROWS)
+    return y.reshape(x.shape)
+
+
+def matmul(x: Array, w: Array, b: Array | None = None) -> Array:
+    """x @ w (+ b) as one product for all leading axes: x [..., n_in], w [n_in, n_out]."""
+    rows = x.reshape(-1, x.shape[-1])
+    n_out = w.shape[-1]
+    y = np.empty((len(rows), n_out), np.result_type(x, w, 0 if b is None else b))
+
+    def multiply(start, end):
+        columns = y[:, start:end]
+        if 1 < len(rows) < FEW_ROWS:
+            columns[...] = (w[:, start:end].T @ rows.T).T
+        else:
+            np.matmul(rows, w[:, start:end], out=columns)
+        if b is not None:
+            columns += b[start:end]
+
+    n_blocks = 1 if n_own_threads() == 1 else BLOCKS_PER_THREAD * n_own_threads()
+    for_blocks(multiply, n_out, math.ceil(n_out / n_blocks))
+    return y.reshape(*x.shape[:-1], n_out)
+
+
+# Threads. While a prompt is processed, BLAS has one thread, and its work is spread over as many
+# threads of our own. BLAS's threads wait for one another in a loop that does nothing; on a busy
+# machine, this costs more time than the work. A single token is left to BLAS's threads.
+
+
+def for_blocks(function: Callable[[int, int], None], n: int, size: int) -> None:
+    """Call function(start, end) for blocks of this size that together make up range(n).
+
+    Inside `own_threads`, they are spread over threads. A thread that is free takes the next block.
+    """
+    starts = collections.deque(range(0, n, size))
+    n_helpers = min(n_own_threads(), len(starts)) - 1
+    settings = np.geterr()  # other threads do not inherit them
+
+    def work():
+        with np.errstate(**settings):
+            while True:
+                try:
+                    start = starts.popleft()
+                except IndexError:
+                    return
+                function(start, min(start + size, n))
+
+    helpers = [_blas.pool().submit(work) for _ in range(n_helpers)]
+    try:
+        work()
+    finally:
+        starts.clear()  # after an error, nobody needs the other blocks
+        for helper in helpers:
+            if not helper.cancel():  # it has begun
+                helper.result()
+
+
+class _Blas:
+    """BLAS's threads. There is only one while `users` has a member."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.users: set[object] = set()
+        self.n_threads = 1  # what BLAS was set to before the first user came
+        self.controller: Any = None
+        self.limiter: Any = None
+        self.executor: Any = None
+
+    def add(self, user: object) -> None:
+        with self.lock:
+            if not self.users:
+                self.limit()
+            self.users.add(user)
+
+    def remove(self, user: object) -> None:
+        with self.lock:
+            self.users.discard(user)
+            if not self.users:
+                self.restore()
+
+    def limit(self) -> None:
+        if self.controller is None:
+            with contextlib.suppress(ImportError):  # then BLAS keeps its threads, and we have one
+                import threadpoolctl
+
+                self.controller = threadpoolctl.ThreadpoolController().select(user_api="blas")
+        if self.controller:
+            self.n_threads = min(each["num_threads"] for each in self.controller.info())
+            if self.n_threads > 1:
+                self.limiter = self.controller.limit(limits=1)
+
+    def restore(self) -> None:
+        if self.limiter is not None:
+            self.limiter.restore_original_limits()
+            self.limiter = None
+
+    def pool(self) -> Any:
+        with self.lock:
+            if self.executor is None:
+                from concurrent.futures import ThreadPoolExecutor
+
+                self.executor = ThreadPoolExecutor(1000)  # an upper limit, for all callers together
+            return self.executor
+
+
+class _ThisThread(threading.local):
+    n_threads = None  # for its own blocks; None outside of own_threads and one_blas_thread
+
+
+_blas = _Blas()
+_this_thread = _ThisThread()
+
+
+def n_own_threads() -> int:
+    """How many threads the calling thread may use in for_blocks."""
+    return _this_thread.n_threads or 1
+
+
+@contextlib.contextmanager
+def own_threads(n_threads: int | None = None) -> Iterator[None]:
+    """Give BLAS one thread and for_blocks n_threads: by default, as many as BLAS was set to.
+
+    This may be nested and used in several threads at once. Within a thread, the outermost
+    n_threads counts. The last one to leave restores BLAS's threads.
+    """
+    user = object()
+    is_outermost = _this_thread.n_threads is None
+    try:
+        _blas.add(user)
+        if is_outermost:
+            _this_thread.n_threads = n_threads or _blas.n_threads
+        yield
+    finally:
+        if is_outermost:
+            _this_thread.n_threads = None
+        _blas.remove(user)
+
+
+def one_blas_thread() -> contextlib.AbstractContextManager:
+    """Run everything in the calling thread while this is entered, for programs with own threads."""
+    return own_threads(1)
+
+
+def _after_fork() -> None:
+    """Start anew in a forked process: the other threads, which would clean up, are not there."""
+    global _blas
+    _blas.restore()
+    _blas = _Blas()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+# Checks of arguments
+
+
+def check_ids(ids: Any, n_vocab: int, max_ndim: int = 32) -> Array:
+    """Return token ids of any integer type as an int64 array. Raises TypeError or ValueError."""
+    ids = np.asarray(list(ids) if isinstance(ids, Iterator) else ids)
     if ids.size == 0:
         raise ValueError("expected at least one token id, got none")
     if ids.dtype.kind not in "iu" or not 1 <= ids.ndim <= max_ndim:
-        raise TypeError(
-            f"expected a sequence of integers as token ids, got {ids.dtype.type.__name__} {ids.shape}"
+        name = ids.dtype.type.__name__
+        raise TypeError(f"expected a sequence of integers as token ids, got {name} {ids.shape}")
+    wrong = ids[(ids < 0) | (ids >= n_vocab)]
+    if len(wrong):
+        raise ValueError(f"{wrong[0]} is not a token id: the model has {n_vocab} tokens")
+    return ids.astype(np.int64)
+
+
+def check_n_head(n_head: int, n_embd: int) -> None:
+    if n_head < 1 or n_embd % n_head:
+        raise ValueError(f"n_head must be a divisor of n_embd, which is {n_embd}, got {n_head!r}")
+
+
+def check_n_out(n_out: int | None) -> None:
+    if n_out is not None and n_out < 1:
+        raise ValueError(f"n_out must be 1 or more, got {n_out!r}")
+
+
+def check_cache(cache: KVCache, batch: tuple, n_layer: int, n_head: int, n_embd: int) -> None:
+    """Raise ValueError unless the cache was made for this model and these leading axes."""
+    n_max = cache.kv.shape[-2]
+    expected = (n_layer, 2, *batch, n_head, n_max, n_embd // n_head)
+    if cache.kv.shape != expected:
+        raise ValueError(
+            f"the cache was made for another model or batch: its shape is {cache.kv.shape}, "
+            f"expected {expected}"
         )
-    if len(wrong := ids[(ids < 0) | (ids >= n_vocab)]):
-        raise ValueError(f"{wrong[0]} is not a token id: the vocabulary has {n_vocab} tokens")
-    return ids
 
 
-def token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """The probabilities from which `sample` draws the next token: logits [n_vocab] -> float32 [n_vocab].
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """Return value as an int. Raises ValueError if it is not a whole number in this range."""
+    try:
+        number = int(value)
+        is_valid = number == value and number >= least and (most is None or number <= most)
+    except (TypeError, ValueError, OverflowError):
+        is_valid = False
+    if not is_valid:
+        limits = f", {least} or more" if most is None else f" from {least} to {most}"
+        raise ValueError(f"{name} must be a whole number{limits}, got {value!r}")
+    return number
 
-    They are softmax(logits / temperature). top_k keeps only the k most likely tokens (0: all), top_p only the smallest
-    set of most likely tokens with at least this total probability (nucleus sampling, Holtzman et al., 2020). Ties with
-    the last kept token are kept. All others have probability 0. Raises ValueError for values out of range.
+
+def real_number(name: str, value: Any, wanted: str) -> float:
+    """Return value as a float. Raises ValueError if it is not a number."""
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}") from None
+
+
+# Choosing a token
+
+
+class Sampling(NamedTuple):
+    """How to choose the next token. See token_probs."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+def check_sampling(temperature: Any, top_k: Any, top_p: Any) -> Sampling:
+    """Return the options, each in its own type. Raises ValueError if one is out of range."""
+    any_temperature = "a number, 0 or more"
+    chosen_temperature = real_number("temperature", temperature, any_temperature)
+    if not chosen_temperature >= 0:  # NaN fails this, too
+        raise ValueError(f"temperature must be {any_temperature}, got {temperature!r}")
+    any_top_p = "above 0 and at most 1"
+    chosen_top_p = real_number("top_p", top_p, any_top_p)
+    if not 0 < chosen_top_p <= 1:
+        raise ValueError(f"top_p must be {any_top_p}, got {top_p!r}")
+    return Sampling(chosen_temperature, whole_number("top_k", top_k, 0), chosen_top_p)
+
+
+def token_probs(logits: Any, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Array:
+    """The probabilities from which `sample` draws: logits [n_vocab] -> float32 [n_vocab].
+
+    They are softmax(logits / temperature). top_k keeps only the k most likely tokens (0: all),
+    top_p only the smallest set of most likely tokens with at least this total probability (nucleus
+    sampling, Holtzman et al., 2020). Tokens that tie with the last one are kept. All others have
+    probability 0.
+
+    Raises ValueError for options out of range, and if the largest logit is not a finite number.
     """
-    _check(temperature=temperature, top_k=top_k, top_p=top_p)
+    return _token_probs(logits, check_sampling(temperature, top_k, top_p))
+
+
+def sample(
+    logits: Any,
+    rng: np.random.Generator,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> int:
+    """Draw the next token's id from logits [n_vocab]. At temperature 0, take the most likely one.
+
+    Raises what token_probs raises.
+    """
+    return _sample(logits, rng, check_sampling(temperature, top_k, top_p))
+
+
+def _sample(logits: Any, rng: np.random.Generator, options: Sampling) -> int:
+    if options.temperature == 0:
+        _check_largest(np.max(logits))
+        return int(np.argmax(logits))
+    cumulative = np.cumsum(_token_probs(logits, options), dtype=np.float64)
+    total = cumulative[-1]
+    # Below the total, so that rounding cannot select a token after the last possible one.
+    drawn = min(rng.random() * total, np.nextafter(total, 0))
+    return int(np.searchsorted(cumulative, drawn, side="right"))
+
+
+@np.errstate(over="ignore", under="ignore")  # a low temperature may turn unlikely tokens into -inf
+def _token_probs(logits: Any, options: Sampling) -> Array:
     logits = np.asarray(logits, np.float32)
-    with np.errstate(
-        over="ignore", under="ignore"
-    ):  # a low temperature may turn unlikely tokens into -inf
-        scaled = (logits - logits.max()) / max(temperature, 1e-30)
-        if 0 < top_k < len(logits):
-            scaled[logits < np.partition(logits, -top_k)[-top_k]] = -np.inf
-        probs = softmax(scaled)
-    if top_p < 1:
+    largest = logits.max()
+    _check_largest(largest)
+    scaled = (logits - largest) / max(options.temperature, 1e-30)
+    scaled[logits == -np.inf] = -np.inf  # at an infinite temperature, -inf / inf is NaN
+    if 0 < options.top_k < len(logits):
+        least = np.partition(logits, -options.top_k)[-options.top_k]
+        scaled[logits < least] = -np.inf
+    probs = softmax(scaled)
+    if options.top_p < 1:
         descending = np.sort(probs)[::-1]
-        cumulative = np.cumsum(
-            descending.astype(np.float64)
-        )  # float64 keeps the sum of small terms exact
-        probs[probs < descending[np.searchsorted(cumulative[:-1], top_p)]] = 0
+        cumulative = np.cumsum(descending, dtype=np.float64)  # float64: many small terms
+        n_before_last = np.searchsorted(cumulative[:-1], options.top_p)
+        probs[probs < descending[n_before_last]] = 0
         probs /= probs.sum()
     return probs
 
 
-def sample(logits, rng, temperature=1.0, top_k=0, top_p=1.0):
-    """Draw the next token from logits [n_vocab] with a NumPy Generator -> its id. At temperature 0, the most likely."""
-    if temperature == 0:
-        return int(np.argmax(logits))
-    cumulative = np.cumsum(token_probs(logits, temperature, top_k, top_p).astype(np.float64))
-    return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+def _check_largest(logit: float) -> None:
+    if not np.isfinite(logit):
+        raise ValueError(f"the largest logit must be finite, got {logit}")
 
 
-def generate(inputs, params, n_head, n_tokens_to_generate, **options):
+# Generation
+
+
+def generate(
+    inputs: Iterable[int],
+    params: dict,
+    n_head: int,
+    n_tokens_to_generate: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    n_samples: int | None = None,
+    stop_id: int | Collection[int] | None = None,
+) -> list:
     """Continue the token ids `inputs` -> list of the new ids. `inputs` is not modified.
 
-    temperature, top_k, top_p: see token_probs. Temperature 0, the default, always takes the most likely token.
-    seed: the same random seed gives the same ids. n_samples: how many continuations to draw -> list of lists.
-    stop_id: a token id that ends a continuation and is not part of it.
+    temperature, top_k, top_p: see token_probs. Temperature 0 always takes the most likely token.
+    seed: the same random seed gives the same ids.
+    n_samples: how many continuations to draw. The result is then a list of lists.
+    stop_id: a token id that ends a continuation and is not part of it, or several such ids.
 
-    The model sees the last n_ctx tokens. When the text outgrows the context, it goes on with the last n_ctx // 2.
-    Shows a progress bar on a terminal. Raises ValueError for invalid options, and what `gpt2` raises for inputs.
+    The model sees the last n_ctx tokens. When the text outgrows the context, it goes on with the
+    last n_ctx // 2. Shows a progress bar on a terminal. Raises ValueError for invalid options, and
+    what `gpt2` raises for inputs.
     """
     from utils import progress_bar
 
-    steps = stream(inputs, params, n_head, n_tokens_to_generate, **options)
-    steps = list(progress_bar(steps, "generating", total=n_tokens_to_generate, leave=False))
-    n_samples = options.get("n_samples")
-    return (
-        steps
-        if n_samples is None
-        else [[row[i] for row in steps if row[i] is not None] for i in range(n_samples)]
+    steps = stream(
+        inputs,
+        params,
+        n_head,
+        n_tokens_to_generate,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        n_samples=n_samples,
+        stop_id=stop_id,
     )
+    rows = list(progress_bar(steps, "generating", total=int(n_tokens_to_generate), leave=False))
+    if n_samples is None:
+        return rows
+    return [[row[i] for row in rows if row[i] is not None] for i in range(int(n_samples))]
 
 
 def stream(
-    inputs,
-    params,
-    n_head,
-    n_tokens_to_generate,
+    inputs: Iterable[int],
+    params: dict,
+    n_head: int,
+    n_tokens_to_generate: int,
     *,
-    temperature=0.0,
-    top_k=0,
-    top_p=1.0,
-    seed=None,
-    n_samples=None,
-    stop_id=None,
-):
-    """Generate as `generate` does -> iterator over ids. With n_samples, over lists of ids, None for ended samples."""
-    sampling = _check(temperature=temperature, top_k=top_k, top_p=top_p)
-    _check(n_tokens_to_generate=n_tokens_to_generate, seed=seed, n_samples=n_samples)
-    prompt, n_ctx = _checked_ids(list(inputs), len(params["wte"]), max_ndim=1), len(params["wpe"])
-    rngs = np.random.default_rng(seed).spawn(n_samples or 1)
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    n_samples: int | None = None,
+    stop_id: int | Collection[int] | None = None,
+) -> Iterator:
+    """Generate as `generate` does -> iterator over ids.
 
-    def steps():
-        window = prompt[None, -n_ctx:]  # the tokens that the model sees, [n_samples, n_window]
-        cache = KVCache(
-            params, n_head, min(n_ctx, window.shape[1] + n_tokens_to_generate), batch=(1,)
-        )
-        running = np.ones(len(rngs), bool)
-        for _ in range(n_tokens_to_generate):
-            # 1. Feed the tokens that are not in the cache: the prompt, then one token per step.
-            logits = gpt2(window[:, cache.n_past :], **params, n_head=n_head, cache=cache, n_out=1)[
-                :, -1
-            ]
-            # 2. After the prompt, give each sample its own copy.
-            if len(window) < len(rngs):
-                cache.kv = cache.kv.repeat(len(rngs), axis=2)
-                window, logits = window.repeat(len(rngs), axis=0), logits.repeat(len(rngs), axis=0)
-            # 3. Choose the next token of each sample.
-            if not np.isfinite(logits).all():
-                raise ValueError("the logits are not finite: the parameters are damaged")
-            new_ids = np.array(
-                [sample(row, rng, **sampling) for row, rng in zip(logits, rngs, strict=True)]
-            )
-            running &= new_ids != stop_id
-            if not running.any():
-                return
-            row = [
-                new_id if runs else None
-                for new_id, runs in zip(new_ids.tolist(), running, strict=True)
-            ]
-            yield row if n_samples else row[0]
-            # 4. Append the tokens. If the window outgrows the context, keep its second half and recompute the cache.
-            window = np.concatenate([window, new_ids[:, None]], axis=1)
-            if window.shape[1] > n_ctx:
-                window, cache.n_past = window[:, -max(1, n_ctx // 2) :], 0
-
-    return steps()
-
-
-@np.errstate(under="ignore")
-def log_probs(ids, params, n_head):
-    """Natural log-probability of each token id but the first, given those before it -> float32 [len(ids) - 1].
-
-    The perplexity is exp(-mean). A text of more than n_ctx + 1 ids is scored in windows of n_ctx ids that move by
-    n_ctx // 2: each id once, with the context in its window. This is the method of transformers' guide "Perplexity of
-    fixed-length models", with a stride of n_ctx // 2. Raises what `gpt2` raises.
+    With n_samples, it is an iterator over lists of ids, with None for each sample that has ended.
     """
-    ids, n_ctx = _checked_ids(list(ids), len(params["wte"]), max_ndim=1), len(params["wpe"])
-    n_window = n_ctx + 1 if len(ids) <= n_ctx + 1 else max(n_ctx, 2)
-    parts, start, n_scored = [np.empty(0, np.float32)], 0, 1  # the first id has no context
+    n_vocab = len(params["wte"])
+    n_steps = whole_number("n_tokens_to_generate", n_tokens_to_generate, 0)
+    options = check_sampling(temperature, top_k, top_p)
+    if seed is not None:
+        seed = whole_number("seed", seed, 0)
+    n_rows = 1
+    if n_samples is not None:
+        n_rows = whole_number("n_samples", n_samples, 1, 100_000)
+    prompt = check_ids(list(inputs), n_vocab, max_ndim=1)
+    stop_ids = check_stop_ids(stop_id, n_vocab)
+    rngs = np.random.default_rng(seed).spawn(n_rows)
+    rows = _stream_rows(prompt, params, n_head, n_steps, options, rngs, stop_ids)
+    if n_samples is None:
+        return (row[0] for row in rows)
+    return rows
+
+
+def check_stop_ids(stop_id: Any, n_vocab: int) -> list[int]:
+    """Return the ids that end a text as a list. stop_id: None, an id or a collection of ids."""
+    if stop_id is None:
+        return []
+    if isinstance(stop_id, Iterable):
+        stop_id = list(stop_id)
+        return check_ids(stop_id, n_vocab).tolist() if stop_id else []
+    return check_ids([stop_id], n_vocab).tolist()
+
+
+def _stream_rows(
+    prompt: Array,
+    params: dict,
+    n_head: int,
+    n_steps: int,
+    options: Sampling,
+    rngs: list[np.random.Generator],
+    stop_ids: list[int],
+) -> Iterator[list[int | None]]:
+    """Yield the new ids of all samples, step by step. There are as many samples as rngs."""
+    n_ctx = len(params["wpe"])
+    window = prompt[None, -n_ctx:]  # the tokens that the model sees, [n_samples, n_window]
+    cache = KVCache(params, n_head, min(n_ctx, window.shape[1] + n_steps), batch=(1,))
+    is_running = np.ones(len(rngs), bool)
+    for _ in range(n_steps):
+        # 1. Feed the tokens that are not in the cache: the prompt, then one token per step.
+        new_tokens = window[:, cache.n_past :]
+        logits = gpt2(new_tokens, **params, n_head=n_head, cache=cache, n_out=1)[:, -1]
+        # 2. After the prompt, give each sample its own copy.
+        if len(window) < len(rngs):
+            cache.kv = cache.kv.repeat(len(rngs), axis=2)
+            window = window.repeat(len(rngs), axis=0)
+            logits = logits.repeat(len(rngs), axis=0)
+        # 3. Choose the next token of each sample.
+        if not np.isfinite(logits).all():
+            raise ValueError("the logits are not finite: the parameters are damaged")
+        ids = [_sample(row, rng, options) for row, rng in zip(logits, rngs, strict=True)]
+        is_running &= ~np.isin(ids, stop_ids)
+        if not is_running.any():
+            return
+        yield [new_id if runs else None for new_id, runs in zip(ids, is_running, strict=True)]
+        # 4. Append the tokens. If they outgrow the context, keep half of it and compute it again.
+        window = np.concatenate([window, np.array(ids)[:, None]], axis=1)
+        if window.shape[1] > n_ctx:
+            window = window[:, -max(1, n_ctx // 2) :]
+            cache.n_past = 0
+
+
+# Scoring
+
+
+def log_probs(ids: Iterable[int], params: dict, n_head: int) -> Array:
+    """The natural log-probability of each token id but the first, given those before it.
+
+    Returns float32 [len(ids) - 1]. The perplexity is exp(-mean). A text of more than n_ctx + 1 ids
+    is scored in windows of n_ctx ids that move by n_ctx // 2: each id once, with the context in its
+    window. This is the method of transformers' guide "Perplexity of fixed-length models", with a
+    stride of n_ctx // 2. Raises what `gpt2` raises.
+    """
+    ids = check_ids(list(ids), len(params["wte"]), max_ndim=1)
+    n_ctx = len(params["wpe"])
+    n_window = n_ctx + 1
+    if len(ids) > n_window:
+        n_window = max(n_ctx, 2)
+    parts = [np.empty(0, np.float32)]
+    start = 0
+    n_scored = 1  # the first id has no context
     while n_scored < len(ids):
-        window, targets = ids[start : start + n_window], ids[n_scored : start + n_window]
-        logits = gpt2(window[:-1], **params, n_head=n_head, n_out=len(targets))
-        logits -= logits.max(axis=-1, keepdims=True)
-        chosen = logits[np.arange(len(targets)), targets]
-        parts.append(
-            chosen - np.log(np.exp(logits, out=logits).sum(axis=-1))
-        )  # log(softmax(logits))
-        n_scored, start = n_scored + len(targets), start + max(n_ctx // 2, 1)
+        window = ids[start : start + n_window]
+        targets = ids[n_scored : start + n_window]
+        parts.append(target_log_probs(window[:-1], targets, params, n_head))
+        n_scored += len(targets)
+        start += max(n_ctx // 2, 1)
     return np.concatenate(parts)
 
 
-_OPTIONS = {  # name: (type, requirement, test)
-    "n_tokens_to_generate": (int, "a whole number, 0 or more", lambda n: n >= 0),
-    "temperature": (float, "a number, 0 or more", lambda temperature: temperature >= 0),
-    "top_k": (int, "a whole number, 0 or more", lambda k: k >= 0),
-    "top_p": (float, "above 0 and at most 1", lambda p: 0 < p <= 1),
-    "seed": (int, "a whole number, 0 or more", lambda seed: seed is None or seed >= 0),
-    "n_samples": (int, "a whole number from 1 to 100000", lambda n: n is None or 1 <= n <= 100_000),
-    "stop": (str, "a non-empty text", lambda text: text is None or text),
-}
+@with_own_threads
+def target_log_probs(inputs: Any, targets: Any, params: dict, n_head: int) -> Array:
+    """The natural log-probability of each target after the inputs up to its position.
 
-
-def _check(prefix="", /, **options):
-    """Return the options, each converted to its type. Raise ValueError if one is invalid."""
-    for name, value in options.items():
-        kind, words, is_valid = _OPTIONS[name]
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
-            options[name] = value if value is None else kind(value)
-            if is_valid(options[name]) and (isinstance(value, str) or options[name] == value):
-                continue
-        raise ValueError(
-            f"{prefix}{name} must be {words}, got {options[name] if isinstance(value, str) else value!r}"
-        )
-    return options
-
-
-def continuation(prompt, model, n_tokens_to_generate=40, *, n_samples=1, stop=None, **options):
-    """Continue a text -> iterator over pieces of new text, as they come. Several samples follow one another.
-
-    model: (encoder, hparams, params). The other arguments are those of `main`.
+    inputs: token ids [..., n_seq]. targets: the ids that follow the last n_out of them,
+    [..., n_out]. Returns float32 [..., n_out]. The logits are computed in blocks of LOGIT_ROWS
+    rows, so they need little memory. Raises what `gpt2` raises.
     """
-    _check(n_samples=n_samples, stop=stop)
-    encoder, hparams, params = model
-    end_id, n_samples = encoder.encoder.get("<|endoftext|>"), n_samples or 1
-    if not prompt and end_id is None:
-        raise ValueError(
-            "the prompt is empty, and the vocabulary has no <|endoftext|> to start from"
-        )
-    ids = encoder.encode(prompt) or [end_id]
+    wte = params["wte"]
+    targets = check_ids(targets, len(wte))
+    states = final_states(inputs, **params, n_head=n_head, n_out=targets.shape[-1])
+    states = states.reshape(-1, states.shape[-1])
+    flat_targets = targets.reshape(-1)
+    result = np.empty(len(states), np.float32)
+
+    def score(start, end):
+        logits = matmul(states[start:end], wte.T)
+        rows = np.arange(end - start)
+        result[start:end] = log_softmax(logits)[rows, flat_targets[start:end]]
+
+    for_blocks(score, len(states), LOGIT_ROWS)
+    return result.reshape(targets.shape)
+
+
+@np.errstate(under="ignore")
+def log_softmax(x: Array) -> Array:
+    """log(softmax(x)) over the last axis, also where softmax(x) would underflow."""
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+# From text to text
+
+
+def continuation(
+    prompt: str,
+    model: tuple,
+    n_tokens_to_generate: int = 40,
+    *,
+    n_samples: int | None = 1,
+    stop: str | list[str] | None = None,
+    allowed_special: Collection[str] = (),
+    **options: Any,
+) -> Iterator[str]:
+    """Continue a text -> iterator over pieces of new text, as they come.
+
+    Several samples follow one another, each under a heading. model: (encoder, hparams, params).
+    stop: a text that ends the continuation, or several. allowed_special: see Encoder.encode.
+    The other options are those of `generate`. Raises what `generate` raises.
+    """
     from encoder import TextDecoder
 
-    decoders, samples = [TextDecoder(encoder, stop) for _ in range(n_samples)], [""] * n_samples
-    options |= {"n_samples": n_samples, "stop_id": end_id}
-    for row in stream(ids, params, hparams["n_head"], n_tokens_to_generate, **options):
-        for i, token_id in enumerate(row):
-            samples[i] += "" if token_id is None else decoders[i].decode([token_id])
-        if n_samples == 1:
-            yield samples[0]
-            samples[0] = ""
-        if all(
-            decoder.stopped or token_id is None
-            for decoder, token_id in zip(decoders, row, strict=True)
-        ):
+    n_rows = 1 if n_samples is None else whole_number("n_samples", n_samples, 1, 100_000)
+    check_stop(stop)
+    encoder, hparams, params = model
+    decoders = [TextDecoder(encoder, stop) for _ in range(n_rows)]
+    rows = stream(
+        first_ids(prompt, encoder, allowed_special),
+        params,
+        hparams["n_head"],
+        n_tokens_to_generate,
+        n_samples=n_rows,
+        stop_id=encoder.end_ids,
+        **options,
+    )
+    pieces = _decode_rows(rows, decoders)
+    if n_rows == 1:
+        return ("".join(row) for row in pieces)
+    return _samples_with_headings(pieces, n_rows)
+
+
+def first_ids(prompt: str, encoder: Any, allowed_special: Collection[str]) -> list[int]:
+    """Encode the prompt. An empty one becomes the id that starts a text."""
+    ids = encoder.encode(prompt, allowed_special)
+    if ids:
+        return ids
+    if encoder.start_id is None:
+        raise ValueError("the prompt is empty, and the model has no token that starts a text")
+    return [encoder.start_id]
+
+
+def check_stop(stop: Any) -> None:
+    """Raise ValueError unless stop is None, a non-empty text, or a collection of such texts."""
+    if stop is None:
+        return
+    for text in [stop] if isinstance(stop, str) else stop:
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"stop must be a non-empty text, got {text!r}")
+
+
+def _decode_rows(rows: Iterator, decoders: list) -> Iterator[list[str]]:
+    """Turn the ids of each step into text, until all samples have ended -> lists of texts."""
+    for row in rows:
+        texts = []
+        for token_id, decoder in zip(row, decoders, strict=True):
+            texts.append("" if token_id is None else decoder.decode([token_id]))
+        yield texts
+        if all(d.stopped or i is None for i, d in zip(row, decoders, strict=True)):
             break
-    for i, decoder in enumerate(decoders):
-        heading = f"{'=' * 40} SAMPLE {i + 1} {'=' * 40}\n" * (n_samples > 1)
-        yield heading + samples[i] + decoder.decode([], final=True) + "\n" * (i + 1 < n_samples)
+    yield [decoder.decode([], final=True) for decoder in decoders]
+
+
+def _samples_with_headings(rows: Iterator[list[str]], n_samples: int) -> Iterator[str]:
+    """Collect the texts of each sample and yield one sample after the other."""
+    samples = [""] * n_samples
+    for row in rows:
+        samples = [sample + text for sample, text in zip(samples, row, strict=True)]
+    line = "=" * 40
+    for number, text in enumerate(samples, 1):
+        end = "\n" if number < n_samples else ""
+        yield f"{line} SAMPLE {number} {line}\n{text}{end}"
 
 
 def main(
@@ -415,159 +906,320 @@ def main(
     model_size: str = "124M",
     models_dir: str = "models",
     *,
-    temperature=0.0,
-    top_k=0,
-    top_p=1.0,
-    seed=None,
-    n_samples=1,
-    stop=None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    n_samples: int = 1,
+    stop: str | list[str] | None = None,
+    special_tokens: bool = False,
 ) -> str:
-    """python gpt2.py PROMPT [N_TOKENS_TO_GENERATE [MODEL_SIZE [MODELS_DIR]]] [OPTIONS]    continue a text with GPT-2
+    """Load a model and continue the prompt -> the text that the command line prints.
 
-    PROMPT                       the text, in quotes. - reads standard input (without the final newline), "" is an empty
-                                 prompt; use --prompt="-x" for a text that starts with a dash
-    --n_tokens_to_generate 40    the maximum number of new tokens
-    --model_size 124M            124M, 355M, 774M or 1558M (downloaded on first use), or a folder in models_dir
-    --models_dir models          the folder that holds the models
-    --temperature 0.0            0 always takes the most likely token; 1 draws from the model's probabilities
-    --top_k 0                    draw from only the k most likely tokens; 0 means all
-    --top_p 1.0                  draw from the smallest set of most likely tokens with this total probability
-    --seed                       random seed: the same seed gives the same text
-    --n_samples 1                the number of continuations (the options above and this one need a temperature above 0)
-    --stop                       stop before this text appears
-    --interactive                ask for prompts, one per line
-    --help                       show this help
-
-    From Python, main returns what the command prints. It raises what `generate` and utils.py raise.
+    special_tokens: whether names such as <|endoftext|> in the prompt are special tokens. For the
+    other options see `generate` and `continuation`. Raises what `generate` and utils.py raise.
     """
-    options = _check(
-        n_tokens_to_generate=n_tokens_to_generate, n_samples=n_samples, seed=seed, stop=stop
-    )
-    options |= _check(temperature=temperature, top_k=top_k, top_p=top_p)
     from utils import load_encoder_hparams_and_params
 
+    options: dict[str, Any] = {
+        "n_tokens_to_generate": n_tokens_to_generate,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "n_samples": n_samples,
+        "stop": stop,
+    }
+    check_options(options)
     model = load_encoder_hparams_and_params(model_size, models_dir)
-    return "".join(continuation(prompt, model, **options))
+    allowed_special = "all" if special_tokens else ()
+    return "".join(continuation(prompt, model, allowed_special=allowed_special, **options))
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise ValueError if an option of `main` is out of range. Missing ones have their defaults."""
+    whole_number("n_tokens_to_generate", options.get("n_tokens_to_generate", 40), 0)
+    check_sampling(
+        options.get("temperature", 0.0), options.get("top_k", 0), options.get("top_p", 1.0)
+    )
+    if options.get("seed") is not None:
+        whole_number("seed", options["seed"], 0)
+    whole_number("n_samples", options.get("n_samples", 1), 1, 100_000)
+    check_stop(options.get("stop"))
 
 
 # The command line
 
+INSTALL = "python -m pip install numpy requests tqdm regex fire threadpoolctl"
+USAGE = """\
+gpt2.py continues a text with GPT-2.
+An example that needs no download: python gpt2.py "ROMEO:" --model_size tiny
+python gpt2.py --help lists the options."""
 
-def parse_arguments(arguments):
-    """Bind the words of the command line to main's signature, as fire does -> {name: value}. Raises ValueError."""
+HELP = """\
+python gpt2.py PROMPT [N_TOKENS_TO_GENERATE [MODEL_SIZE [MODELS_DIR]]] [OPTIONS]
+
+Continue a text with GPT-2. An example that needs no download:
+
+    python gpt2.py "ROMEO:" --model_size tiny
+
+PROMPT                       the text, in quotes. Without it, or as -, it is read from standard
+                             input, without the final newline. "" is an empty prompt. Write
+                             --prompt="-x" for a text that starts with a dash
+--n_tokens_to_generate 40    the maximum number of new tokens
+--model_size 124M            124M, 355M, 774M or 1558M (downloaded on first use), the name of a
+                             folder in models_dir, or of a GPT-2 on the Hugging Face Hub
+                             (openai-community/gpt2)
+--models_dir models          the folder that holds the models
+--temperature 0.0            0 always takes the most likely token; 1 draws from the model's
+                             probabilities
+--top_k 0                    draw from only the k most likely tokens; 0 means all
+--top_p 1.0                  draw from the smallest set of most likely tokens with this total
+                             probability
+--seed                       random seed: the same seed gives the same text
+--n_samples 1                the number of continuations. They are all equal at temperature 0, where
+                             top_k, top_p and seed have no effect
+--stop                       stop before this text appears. \\n is a newline, \\t a tab, \\\\ a
+                             backslash. Give it several times to stop before any of several texts
+--special_tokens             read the names of special tokens in the prompt, such as <|endoftext|>,
+                             as these tokens; otherwise they are ordinary text
+--interactive                ask for prompts, one per line
+--help                       show this help"""
+
+POSITIONAL = ("prompt", "n_tokens_to_generate", "model_size", "models_dir")
+SWITCHES = ("--interactive", "--special_tokens", "--special-tokens")  # they have no value
+OTHER_NAMES = {  # what other programs call our options
+    "model": "model_size",
+    "model_name": "model_size",
+    "model_dir": "models_dir",
+    "temp": "temperature",
+    "length": "n_tokens_to_generate",
+    "max_length": "n_tokens_to_generate",
+    "max_tokens": "n_tokens_to_generate",
+    "max_new_tokens": "n_tokens_to_generate",
+    "n_predict": "n_tokens_to_generate",
+    "num_samples": "n_samples",
+    "nsamples": "n_samples",
+    "num_return_sequences": "n_samples",
+    "random_seed": "seed",
+    "stop_sequence": "stop",
+    "text": "prompt",
+}
+QUOTES = "put the prompt in quotes"
+
+
+def parse_arguments(words: list[str]) -> dict[str, Any]:
+    """Sort the words of the command line with fire -> {option of `main` or switch: its text}.
+
+    The prompt may be missing. Raises UsageError.
+    """
     import fire
 
-    flag, options = "--|-[a-zA-Z]", {}
-    for word, following in zip(
-        arguments, [*arguments[1:], "--"], strict=False
-    ):  # fire would read --seed alone as True
-        if re.match(flag, word) and "=" not in word and re.match(flag, following):
-            raise ValueError(f"{word} needs a value, or is not an option")
+    from utils import UsageError
 
-    @fire.decorators.SetParseFn(str)  # else fire would convert the prompt 1984 to a number
-    @functools.wraps(main)
-    def bind(*args, **kwargs):
-        options.update(inspect.signature(main).bind(*args, **kwargs).arguments)
+    texts: list[str] = []
+    named: dict[str, str] = {}
 
+    @fire.decorators.SetParseFn(str)  # fire would turn the prompt 1984 into a number
+    def sort(*args, **kwargs):
+        texts.extend(args)
+        named.update(kwargs)
+
+    if "--" in words:
+        raise UsageError("a -- is not allowed here; --help lists the options")
+    # fire keeps only the last value of an option, so each --stop gets a name of its own.
+    words = [re.sub("^--stop(?==|$)", f"--stop{i}", word) for i, word in enumerate(words)]
+    fire.Fire(sort, [*words, "--", "--separator=\0"])  # the default separator, -, is a prompt here
+    for name, value in named.items():
+        if value == "True" and not any(word.endswith("True") for word in words):
+            raise UsageError(
+                f"--{name} needs a value, or is not an option; --help lists the options"
+            )
+    options = read_names(named)
+    return options | read_texts(texts, [name for name in POSITIONAL if name not in options])
+
+
+def read_names(named: dict[str, str]) -> dict[str, Any]:
+    """Find the option that each name means. Raises UsageError for an unknown name."""
+    options: dict[str, Any] = {}
+    stops = []
+    for typed, value in named.items():
+        name = option_name(re.sub(r"^stop\d+$", "stop", typed))
+        options[name] = value
+        if name == "stop":
+            stops.append(unescape(value))
+            options[name] = stops
+    return options
+
+
+def read_texts(texts: list[str], names: list[str]) -> dict[str, str]:
+    """Give the texts without a name the free names, in order. Raises UsageError."""
+    from utils import UsageError
+
+    quotes = "put the prompt in quotes; without them, "
+    if len(texts) > len(names):
+        raise UsageError(f"{quotes}{texts[len(names)]!r} is one word too many")
+    options = dict(zip(names, texts, strict=False))
+    n_tokens = options.get("n_tokens_to_generate", "0")
+    if not n_tokens.lstrip("-").isdecimal():
+        raise UsageError(f"{quotes}{n_tokens!r} is the number of tokens to generate")
+    return options
+
+
+def option_name(typed: str) -> str:
+    """Return the option that a typed name means. Raises UsageError if there is none."""
+    from utils import UsageError
+
+    known = [*inspect.signature(main).parameters, "interactive"]
+    if typed in known:
+        return typed
+    if len(typed) == 1:
+        possible = [name for name in known if name.startswith(typed)]
+        if len(possible) == 1:
+            return possible[0]
+        if possible:
+            names = " or ".join(f"--{name}" for name in possible)
+            raise UsageError(f"-{typed} is ambiguous: it can mean {names}")
+    meant = OTHER_NAMES.get(typed)
+    for name in difflib.get_close_matches(typed, known, 1):
+        meant = meant or name
+    hint = f"did you mean --{meant}?" if meant else "--help lists the options"
+    raise UsageError(f"there is no option --{typed}; {hint}")
+
+
+def unescape(text: str) -> str:
+    r"""Read \n as a newline, \t as a tab and \\ as a backslash."""
+    characters = {"n": "\n", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nt\\])", lambda match: characters[match[1]], text)
+
+
+def convert_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Turn the texts of numbers into numbers. Raises UsageError if an option is out of range."""
+    from utils import UsageError
+
+    options = dict(options)
+    for name in ("n_tokens_to_generate", "top_k", "seed", "n_samples"):
+        options |= convert(int, name, options)
+    for name in ("temperature", "top_p"):
+        options |= convert(float, name, options)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # fire reports an error on many lines
-            fire.Fire(
-                bind, [*arguments, "--", "--separator=\0"]
-            )  # the default, -, is a prompt here
-    except fire.core.FireExit as error:
-        raise ValueError(
-            error.trace.elements[-1].ErrorAsStr().replace("Could not consume", "unknown")
-        ) from None
-    return options | _check(
-        "--", **{name: options[name] for name in options.keys() & _OPTIONS.keys()}
-    )
+        check_options(options)
+    except ValueError as error:
+        hint = "; 90% is 0.9" if str(error).startswith("top_p") else ""
+        raise UsageError(f"--{error}{hint}") from None
+    return options
 
 
-def show(pieces):
-    """Print pieces of text as they come, then a newline -> exit status 0, even if the reader has closed the pipe."""
+def convert(number: type, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return {name: its value as a number}; as the text itself, if that is no number."""
+    if name not in options:
+        return {}
     try:
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print(flush=True)
-    except BrokenPipeError:
-        sys.exit(0)
+        return {name: number(options[name])}
+    except ValueError:
+        return {name: options[name]}
+
+
+def show(pieces: Iterable[str]) -> None:
+    """Print pieces of text as they come, then a newline."""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def answer_prompts(first_prompt: str | None, model: tuple, options: dict[str, Any]) -> int:
+    """Continue each input line -> exit status: 1 if a prompt from a pipe failed, else 0."""
+    from utils import complain
+
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  gives input() line editing and a history
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    status = 0
+    if at_terminal:
+        note = "Each line is a prompt of its own. Ctrl-C stops an answer, Ctrl-D exits."
+        print(note, file=sys.stderr)
+    prompt = first_prompt
+    while True:
+        try:
+            if prompt:
+                show(continuation(prompt, model, **options))
+            prompt = input("> " if at_terminal else "").removesuffix("\r")
+        except EOFError:
+            if at_terminal:
+                print()
+            return status
+        except KeyboardInterrupt:
+            prompt = None
+            print()
+        except ValueError as error:
+            prompt = None
+            complain("gpt2.py", str(error))
+            if not at_terminal:
+                status = 1
+
+
+@np.errstate(over="ignore", invalid="ignore")  # damaged parameters give one error, not many lines
+def run(words: list[str]) -> int:
+    """Do what the command line asks -> exit status. Raises UsageError and what `main` raises."""
+    from utils import load_encoder_hparams_and_params, read_text
+
+    if {"-h", "--help"} & set(words):
+        print(HELP)
+        return 0
+    switches = {word for word in words if word in SWITCHES}
+    options = parse_arguments([decoded(word) for word in words if word not in SWITCHES])
+    options = convert_options(options)
+    interactive = "--interactive" in switches
+    prompt = options.pop("prompt", None)
+    if prompt is None and not interactive:
+        prompt = "" if sys.stdin.isatty() else read_text("-")
+        if not prompt:
+            print(USAGE, file=sys.stderr)
+            return 2
+    elif prompt == "-":
+        prompt = read_text("-")
+    warn_of_options_without_effect(options)
+    model_size = options.pop("model_size", "124M")
+    model = load_encoder_hparams_and_params(model_size, options.pop("models_dir", "models"))
+    if switches - {"--interactive"}:
+        options["allowed_special"] = "all"
+    if interactive:
+        return answer_prompts(prompt, model, options)
+    show(continuation(prompt, model, **options))
     return 0
 
 
-def complain(message, status=0):
-    """Print one line on standard error -> status."""
-    with contextlib.suppress(OSError):
-        print("gpt2.py:", str(message).replace("\n", " "), file=sys.stderr, flush=True)
-    return status
+def decoded(word: str) -> str:
+    """Return a word of the command line as UTF-8 has it, whatever the locale. Raises UsageError."""
+    from utils import UsageError
+
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"an argument is not UTF-8: {error}") from None
 
 
-def answer_prompts(model, options):
-    """Continue each input line -> exit status: 1 if a prompt from a pipe failed, else 0."""
-    with contextlib.suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401  gives input() line editing and a history
-    status, at_terminal = 0, sys.stdin.isatty() and sys.stdout.isatty()
-    if at_terminal:
-        print(
-            "Each line is a prompt of its own. Ctrl-C stops an answer, Ctrl-D exits.",
-            file=sys.stderr,
-        )
-    while True:
-        try:
-            if prompt := input("> " * at_terminal).removesuffix("\r"):
-                show(continuation(model=model, **options | {"prompt": prompt}))
-        except EOFError:
-            print(end="\n" * at_terminal)
-            return status
-        except KeyboardInterrupt:
-            print()
-        except ValueError as error:
-            status = complain(error, int(not at_terminal))
+def warn_of_options_without_effect(options: dict[str, Any]) -> None:
+    from utils import complain
+
+    if options.get("temperature", 0) > 0:
+        return
+    unused = [f"--{name}" for name in ("top_k", "top_p", "seed") if name in options]
+    if unused:
+        names = ", ".join(unused)
+        complain("gpt2.py", f"warning: at temperature 0, these options have no effect: {names}")
+    if options.get("n_samples", 1) > 1:
+        complain("gpt2.py", "warning: at temperature 0, all samples are equal")
 
 
-@np.errstate(
-    over="ignore", invalid="ignore"
-)  # damaged parameters give one error, not many warnings
-def command_line(arguments):
-    """Run the command line -> exit status: 0, 1 after an error, 2 for unusable arguments, 130 after Ctrl-C."""
-    from utils import load_encoder_hparams_and_params, robust_streams
-
-    status = 2  # if parsing fails
-    with robust_streams():
-        try:
-            if {"-h", "--help"} & set(arguments):
-                return show([inspect.getdoc(main)])
-            arguments = [os.fsencode(word).decode("utf-8") for word in arguments]
-            if interactive := "--interactive" in arguments:  # the prompts come later
-                arguments = [*(word for word in arguments if word != "--interactive"), "--prompt="]
-            options, status = parse_arguments(arguments), 1
-            if options["prompt"] == "-":
-                options["prompt"] = re.sub("\r?\n\\Z", "", sys.stdin.buffer.read().decode("utf-8"))
-            unused = [
-                f"--{name}" for name in ("top_k", "top_p", "seed", "n_samples") if name in options
-            ]
-            if unused and not options.get("temperature"):
-                complain(
-                    f"warning: at temperature 0, these options have no effect: {', '.join(unused)}"
-                )
-            model = load_encoder_hparams_and_params(
-                options.pop("model_size"), options.pop("models_dir")
-            )
-            return (
-                answer_prompts(model, options)
-                if interactive
-                else show(continuation(model=model, **options))
-            )
-        except KeyboardInterrupt:
-            return 130
-        except UnicodeDecodeError as error:
-            return complain(f"the prompt is not UTF-8: {error}", status)
-        except ValueError as error:
-            return complain(
-                f"{error}{' (is the prompt in quotes? --help lists the options)' * (status == 2)}",
-                status,
-            )
-        except (OSError, ImportError, MemoryError, OverflowError) as error:
-            return complain(str(error) or "out of memory", 1)
+def command_line(arguments: list[str]) -> int:
+    """Run the command line -> exit status: 0, 1 after an error, 2 if unusable, 130 after Ctrl-C."""
+    try:
+        from utils import run_command
+    except ModuleNotFoundError as error:  # encoder.py needs regex
+        print(f"gpt2.py: {error}; install it with: {INSTALL}", file=sys.stderr)
+        return 1
+    return run_command("gpt2.py", run, arguments)
 
 
 if __name__ == "__main__":
