@@ -36,6 +36,9 @@ WORD = regex.compile(
 MAX_CACHED_WORDS = 2**17
 MAX_CACHED_LENGTH = 64
 
+Vocabulary = dict[str, int]  # {token: id}
+Merges = list[tuple[str, str]]
+
 END_OF_TEXT = "<|endoftext|>"
 GIT_LFS_POINTER = "version https://git-lfs"
 
@@ -56,6 +59,11 @@ def bytes_to_unicode() -> dict[int, str]:
     return chars
 
 
+def inverse(mapping: dict) -> dict:
+    """Return {value: key}."""
+    return {value: key for key, value in mapping.items()}
+
+
 BYTE_CHARS = "".join(char for _, char in sorted(bytes_to_unicode().items()))
 
 
@@ -66,6 +74,14 @@ class Encoder:
     bpe_merges: pairs of tokens; the pair to join first comes first.
     errors: how to decode invalid UTF-8, as in `bytes.decode`.
     ignore_merges: take a whole word that is a token without merging, as tiktoken does.
+    special_tokens: {name: id} of tokens that `encode` makes only where it is allowed to. They may
+        lie beyond the vocabulary. The default is `<|endoftext|>`, if the vocabulary has it.
+    added_tokens: {name: id} of tokens that `encode` makes wherever the text has their names.
+    add_prefix_space: start each text, and each text after a special or added token, with a space.
+    first_ids: ids before those of every text.
+    unknown_id: the id for each byte that the vocabulary lacks; without it, that is an error.
+    start_id: the id that a text starts with; by default the id of `<|endoftext|>`, or None.
+    end_ids: the ids that end a text; by default the id of `<|endoftext|>`, or none.
 
     >>> get_encoder("tiny", "models").encode("ROMEO:")
     [813, 25]
@@ -73,48 +89,114 @@ class Encoder:
 
     def __init__(
         self,
-        encoder: dict[str, int],
-        bpe_merges: Iterable[tuple[str, str]],
+        encoder: Vocabulary,
+        bpe_merges: Merges,
         errors: str = "replace",
         *,
         ignore_merges: bool = True,
+        special_tokens: Vocabulary | None = None,
+        added_tokens: Vocabulary | None = None,
+        add_prefix_space: bool = False,
+        first_ids: Iterable[int] = (),
+        unknown_id: int | None = None,
+        start_id: int | None = None,
+        end_ids: Iterable[int] | None = None,
     ):
+        if special_tokens is None:
+            special_tokens = {END_OF_TEXT: encoder[END_OF_TEXT]} if END_OF_TEXT in encoder else {}
+        end_id = special_tokens.get(END_OF_TEXT, encoder.get(END_OF_TEXT))
+        if end_ids is None:
+            end_ids = [] if end_id is None else [end_id]
         self.encoder = encoder
-        self.decoder = {token_id: token for token, token_id in encoder.items()}
+        self.special_tokens = special_tokens
+        self.added_tokens = added_tokens or {}
+        names = inverse(special_tokens) | inverse(self.added_tokens)
+        self.decoder = inverse(encoder) | names
         self.byte_encoder = bytes_to_unicode()
-        self.byte_decoder = {char: byte for byte, char in self.byte_encoder.items()}
+        self.byte_decoder = inverse(self.byte_encoder)
+        self.bpe_ranks = {pair: rank for rank, pair in enumerate(bpe_merges)}
         self.pat = WORD
         self.errors = errors
         self.ignore_merges = ignore_merges
-        self.bpe_ranks = {pair: rank for rank, pair in enumerate(bpe_merges)}
-        self.cache: dict[str, list[int]] = {}
-        self.token_bytes: dict[int, bytes] = {}
+        self.add_prefix_space = add_prefix_space
+        self.first_ids = list(first_ids)
+        self.unknown_id = unknown_id
+        self.start_id = end_id if start_id is None else start_id
+        self.end_ids = frozenset(end_ids)
+        self.cache: dict[str, tuple[int, ...]] = {}
+        self.token_bytes = {token_id: name.encode("utf-8") for token_id, name in names.items()}
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text. `<|endoftext|>` in it is ordinary text.
+    def encode(self, text: str, allowed_special: Iterable[str] = ()) -> list[int]:
+        """Return the ids of a text.
+
+        allowed_special: names of the special tokens to make where the text has these names, or
+        "all". The names of other special tokens are ordinary text.
 
         A surrogate pair is encoded as the character that it means, and a lone surrogate as
-        U+FFFD, because UTF-8 has neither.
+        U+FFFD, because UTF-8 has neither. Raises ValueError for a name that is not a special
+        token, and for a character that the vocabulary cannot write.
         """
-        ids = []
-        for word in self.pat.findall(without_surrogates(text)):
+        if not isinstance(text, str):
+            raise TypeError(f"encode takes a text of type str, not {type(text).__name__}")
+        names = self.added_tokens | self.allowed_tokens(allowed_special)
+        ids = list(self.first_ids)
+        for part in split_at_names(without_surrogates(text), names):
+            if part in names:
+                ids.append(names[part])
+            else:
+                ids += self.encode_ordinary(part)
+        return ids
+
+    def allowed_tokens(self, allowed_special: Iterable[str]) -> Vocabulary:
+        """Return {name: id} of the special tokens that have these names, or of "all"."""
+        if allowed_special == "all":
+            return self.special_tokens
+        allowed = {}
+        for name in allowed_special:
+            if name not in self.special_tokens:
+                known = ", ".join(self.special_tokens) or "none"
+                raise ValueError(f"{name!r} is not a special token; the vocabulary has: {known}")
+            allowed[name] = self.special_tokens[name]
+        return allowed
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Return the ids of a text without any special or added tokens."""
+        if self.add_prefix_space and not text.startswith(" "):
+            text = " " + text
+        ids: list[int] = []
+        for word in self.pat.findall(text):
             word_ids = self.cache.get(word)
             if word_ids is None:
                 word_ids = self.encode_word(word)
             ids += word_ids
         return ids
 
-    def encode_word(self, word: str) -> list[int]:
-        """Return the ids of a word, and remember them: " rôle" -> "ĠrÃ´le" -> [374, 27083, 293]."""
+    def encode_word(self, word: str) -> tuple[int, ...]:
+        """Return the ids of a word, and remember them: " rôle" -> "ĠrÃ´le" -> (374, 27083, 293)."""
         chars = "".join([self.byte_encoder[byte] for byte in word.encode("utf-8")])
-        is_token = self.ignore_merges and chars in self.encoder
-        tokens = [chars] if is_token else self.bpe(chars)
-        ids = [self.encoder[token] for token in tokens]
+        is_token = chars in self.encoder and chars not in self.special_tokens
+        tokens = [chars] if is_token and self.ignore_merges else self.bpe(chars)
+        try:
+            ids = tuple([self.encoder[token] for token in tokens])
+        except KeyError:
+            ids = self.encode_unknown(word, tokens)
         if len(word) <= MAX_CACHED_LENGTH:
             if len(self.cache) >= MAX_CACHED_WORDS:
                 self.cache.clear()
             self.cache[word] = ids
         return ids
+
+    def encode_unknown(self, word: str, tokens: list[str]) -> tuple[int, ...]:
+        """Return the ids of a word's tokens, with unknown_id for those that do not exist."""
+        if self.unknown_id is None:
+            lacking = next(filter(self.lacks, word), word)
+            raise ValueError(f"the vocabulary has no tokens for the character {lacking!r}")
+        return tuple([self.encoder.get(token, self.unknown_id) for token in tokens])
+
+    def lacks(self, character: str) -> bool:
+        """Tell whether a byte of a character is not in the vocabulary."""
+        chars = [self.byte_encoder[byte] for byte in character.encode("utf-8")]
+        return any(char not in self.encoder for char in chars)
 
     def bpe(self, chars: str) -> list[str]:
         """Merge the characters of a word into tokens.
@@ -132,7 +214,10 @@ class Encoder:
         ranks = self.bpe_ranks
         tokens = [*chars, ""]  # the token that starts at each place; "" where none starts
         before = [*range(-1, len(chars))]  # where the token before it starts
-        heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(chars)) if pair in ranks]
+        heap = []  # the rank of each pair that can be joined, and where its first token starts
+        for start, pair in enumerate(pairwise(chars)):
+            if pair in ranks:
+                heap.append((ranks[pair], start))
         heapq.heapify(heap)
         while heap:
             rank, start = heapq.heappop(heap)
@@ -171,17 +256,23 @@ class Encoder:
     def decode_token(self, token_id: int) -> bytes:
         """Return the bytes of a token, and remember them: 293 -> "le" -> b"le"."""
         if token_id not in self.decoder:
-            n_tokens = len(self.decoder)
-            raise ValueError(
-                f"{token_id!r} is not a token id: the vocabulary has {n_tokens} tokens"
-            )
+            size = len(self.decoder)
+            raise ValueError(f"{token_id!r} is not a token id: the vocabulary has {size} tokens")
         token = self.decoder[token_id]
-        if all(char in self.byte_decoder for char in token):
+        try:
             data = bytes([self.byte_decoder[char] for char in token])
-        else:
-            data = token.encode("utf-8")  # a special token, written as it is
+        except KeyError:  # a special token that nobody declared as one
+            data = token.encode("utf-8")
         self.token_bytes[token_id] = data
         return data
+
+
+def split_at_names(text: str, names: Iterable[str]) -> list[str]:
+    """Split a text before and after each name. Where two names start alike, the longest wins."""
+    longest_first = sorted(names, key=len, reverse=True)
+    pattern = "|".join([re.escape(name) for name in longest_first if name])
+    parts = re.split(f"({pattern})", text) if pattern else [text]
+    return [part for part in parts if part]
 
 
 def without_surrogates(text: str) -> str:
@@ -217,7 +308,8 @@ class TextDecoder:
         """
         if self.stopped:
             return ""
-        text = self.held_back + self.utf8_decoder.decode(self.encoder.decode_bytes(ids), final)
+        data = self.encoder.decode_bytes(ids)
+        text = self.held_back + self.utf8_decoder.decode(data, final)
         found = self.find_stop(text)
         end = len(text) if final else self.find_beginning(text)
         self.stopped = found < len(text) and found <= end
@@ -301,15 +393,16 @@ def read_json(path: str) -> dict[str, Any]:
     return content
 
 
-def read_merges(path: str) -> list[tuple[str, str]]:
+def read_merges(path: str) -> Merges:
     """Return the merges of a file with one merge per line: two tokens and a space between them.
 
     A first line that starts with "#version" is skipped. Raises ValueError for any other line.
     """
-    lines = read_utf8(path).rstrip("\n").split("\n")
-    n_skipped = 1 if lines[0].startswith("#version") or lines == [""] else 0
     merges = []
-    for number, line in enumerate(lines[n_skipped:], n_skipped + 1):
+    lines = read_utf8(path).rstrip("\n").split("\n")
+    for number, line in enumerate(lines, 1):
+        if number == 1 and line.startswith("#version"):
+            continue
         left, _, right = line.partition(" ")
         if not left or not right or " " in right:
             raise ValueError(f"{path} is damaged: line {number} is not two tokens: {line!r}")
@@ -317,38 +410,37 @@ def read_merges(path: str) -> list[tuple[str, str]]:
     return merges
 
 
-def check_vocabulary(
-    vocabulary: dict[str, int], merges: list[tuple[str, str]], path: str, merges_path: str
-) -> None:
+def check_vocabulary(vocabulary: Vocabulary, merges: Merges, path: str, merges_path: str) -> None:
     """Raise ValueError, naming the file, unless all ids and merges can be used.
 
     The ids must be 0 to n - 1, each used once. The parts and the result of each merge must be
     tokens, and no merge may be listed twice.
     """
-    ids = list(vocabulary.values())
-    if set(map(type, ids)) != {int} or sorted(ids) != list(range(len(ids))):
+    size = len(vocabulary)
+    ids = vocabulary.values()
+    if set(map(type, ids)) - {int} or set(ids) != set(range(size)):
         raise ValueError(
-            f"{path} is damaged: the ids of its {len(ids)} tokens are not 0 to {len(ids) - 1}"
+            f"{path} is damaged: the ids of its {size} tokens are not 0 to {size - 1}, "
+            "each used once"
         )
     for left, right in merges:
         for token in (left, right, left + right):
-            if token not in vocabulary:
+            if not token or token not in vocabulary:
                 raise ValueError(
-                    f"{merges_path} does not fit {path}: the merge '{left} {right}' needs the "
-                    f"token '{token}', which is not in the vocabulary"
+                    f"{merges_path} does not fit {path}: the vocabulary lacks the token "
+                    f"{token!r} of the merge {left!r} {right!r}"
                 )
     if len(set(merges)) < len(merges):
         raise ValueError(f"{merges_path} is damaged: a merge is listed twice")
 
 
-def check_all_merged(
-    vocabulary: dict[str, int], merges: list[tuple[str, str]], merges_path: str
-) -> None:
+def check_all_merged(vocabulary: Vocabulary, merges: Merges, merges_path: str) -> None:
     """Raise ValueError if no merge makes some token, which shows that merges are missing.
 
     Tokens of one character are bytes, and special tokens are written as <...> or [...].
     """
     merged = {left + right for left, right in merges}
     for token in vocabulary.keys() - merged:
-        if len(token) > 1 and not re.fullmatch(r"<.*>|\[.*\]", token):
-            raise ValueError(f"{merges_path} is damaged: no merge makes the token '{token}'")
+        is_special = re.fullmatch(r"<.*>|\[.*\]", token)
+        if len(token) > 1 and not is_special:
+            raise ValueError(f"{merges_path} is damaged: no merge makes the token {token!r}")
