@@ -56,6 +56,7 @@ WINDOW_BYTES = 1 << 18  # or within so many bytes, if that is less
 HEAD_BYTES = 1 << 16  # the beginning of the input, which shows its format
 CHUNK_BYTES = 1 << 16
 CONNECT_SECONDS = 10
+RECORD_SUFFIX = ".run"
 BYTE_ORDER_MARKS = {  # UTF-32 stands before UTF-16, because its first mark begins like UTF-16's
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32-le",
@@ -403,7 +404,7 @@ class Model:
     @property
     def start_ids(self) -> list[int]:
         """The ids that stand before a text without a context."""
-        return list(self.encoder.first_ids) or [self.encoder.start_id]
+        return self.encoder.first_ids or [self.encoder.start_id]
 
     @property
     def end_id(self) -> int:
