@@ -50,7 +50,7 @@ from utils import (
 )
 
 BATCH_TOKENS = 512  # padding included: fewer are slower, more need more memory and are no faster
-SOFTMAX_ROWS = 32  # rows of logits at a time, so that they stay in the CPU's cache
+VOCABULARY_PART = 4096  # tokens at a time: their logits stay in the CPU's cache
 WINDOW_LINES = 2048  # texts are sorted by length within so many lines of the input
 WINDOW_BYTES = 1 << 18  # or within so many bytes, if that is less
 HEAD_BYTES = 1 << 16  # the beginning of the input, which shows its format
@@ -91,6 +91,13 @@ class Job:
 # The input
 
 
+class OpenFiles(contextlib.ExitStack):
+    """Closes files at its end."""
+
+    def open(self, path: str, mode: str) -> Any:
+        return self.enter_context(open(path, mode))
+
+
 class Line(NamedTuple):
     number: int  # from 0
     content: bytes  # with its end
@@ -98,12 +105,20 @@ class Line(NamedTuple):
 
 
 class Input:
-    """The lines of a corpus and their encoding. Raises ValueError if the file is not text."""
+    """The lines of a corpus and their encoding. Raises ValueError if the file is not text.
 
-    def __init__(self, path: str):
-        self.name = "standard input" if path == "-" else path
-        self.raw: BinaryIO = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
-        self.file = decompressed(self.raw, path)
+    open_files: closes the files at its end.
+    """
+
+    def __init__(self, path: str, open_files: OpenFiles):
+        if path == "-":
+            self.name = "standard input"
+            self.raw: BinaryIO = sys.stdin.buffer
+            self.file: Any = self.raw
+        else:
+            self.name = path
+            self.raw = open_files.open(path, "rb")
+            self.file = open_files.enter_context(decompressed(self.raw, path))
         self.encoding = "utf-8"
         self.head: list[bytes] = []  # the first lines
         first = self.read_line()
@@ -403,14 +418,17 @@ class Model:
 
     @property
     def start_ids(self) -> list[int]:
-        """The ids that stand before a text without a context."""
-        return self.encoder.first_ids or [self.encoder.start_id]
+        """The ids that go before a text without a context."""
+        if self.encoder.first_ids or self.encoder.start_id is None:
+            return self.encoder.first_ids
+        return [self.encoder.start_id]
 
     @property
     def end_id(self) -> int:
-        """The id whose probability after a text is that of its end."""
-        end_ids = self.encoder.end_ids
-        return self.encoder.start_id if self.encoder.start_id in end_ids else min(end_ids)
+        """The id that ends a text: if there are several, the one that also starts texts."""
+        if self.encoder.start_id in self.encoder.end_ids:
+            return self.encoder.start_id
+        return min(self.encoder.end_ids)
 
 
 LOAD_LOCK = threading.Lock()
@@ -436,6 +454,8 @@ def load(model_size: str, models_dir: str, identity: str | None = None) -> Model
 def read_model(model_size: str, models_dir: str) -> Model:
     files = weight_files(os.path.join(models_dir, model_size))
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+    if encoder.start_id is None and not encoder.first_ids:
+        raise ValueError("the vocabulary has no <|endoftext|>, which goes before each text")
     digest = hashlib.sha256()
     for value in (hparams, vocabulary(encoder), params):
         add_to_digest(digest, value)
@@ -537,18 +557,23 @@ def score(batch: Batch) -> Scores:
 
 
 def score_targets(states: np.ndarray, targets: np.ndarray, wte: np.ndarray) -> Scores:
-    """Score targets [n], given the final states [n, n_embd] of the positions before them."""
-    nats = np.empty(len(targets), np.float32)
-    is_likeliest = np.empty(len(targets), bool)
-    for start in range(0, len(targets), BATCH_TOKENS):
-        logits = gpt2.matmul(states[start : start + BATCH_TOKENS], wte.T)
-        for first in range(0, len(logits), SOFTMAX_ROWS):
-            log_probs = gpt2.log_softmax(logits[first : first + SOFTMAX_ROWS])
-            here = slice(start + first, start + first + len(log_probs))
-            chosen = log_probs[np.arange(len(log_probs)), targets[here]]
-            nats[here] = -chosen
-            is_likeliest[here] = chosen == log_probs.max(axis=-1)
-    return Scores(nats, is_likeliest)
+    """Score targets [n], given the final states [n, n_embd] of the positions before them.
+
+    A part of the vocabulary at a time: `total` is the sum of exp(logits - largest) so far.
+    """
+    chosen = np.empty(len(targets), np.float32)  # the logits of the targets
+    largest = np.full(len(targets), -np.inf, np.float32)
+    total = np.zeros(len(targets), np.float32)
+    for start in range(0, len(wte), VOCABULARY_PART):
+        logits = states @ wte[start : start + VOCABULARY_PART].T
+        rows = np.flatnonzero((targets >= start) & (targets < start + VOCABULARY_PART))
+        chosen[rows] = logits[rows, targets[rows] - start]
+        new_largest = np.maximum(largest, logits.max(axis=-1))
+        logits -= new_largest[:, None]
+        total *= np.exp(largest - new_largest)
+        total += np.exp(logits, out=logits).sum(axis=-1)
+        largest = new_largest
+    return Scores(largest + np.log(total) - chosen, chosen == largest)
 
 
 def set_scores(rows: list[Row], scores: Scores) -> None:
@@ -729,9 +754,10 @@ class Output:
     record, the lines of an earlier run are scored again and compared.
     """
 
-    def __init__(self, path: str, job: Job):
+    def __init__(self, path: str, job: Job, open_files: OpenFiles):
         self.path = path
         self.job = job
+        self.open_files = open_files
         self.digest = hashlib.blake2b()
         self.new_entries: list[bytes] = []  # of the record, until it is opened for writing
         self.n_lines = 0
@@ -743,14 +769,13 @@ class Output:
         self.is_file = path != "-" and (os.path.isfile(path) or not os.path.exists(path))
         if path == "-":
             self.file: BinaryIO = sys.stdout.buffer
-        elif self.is_file:
-            self.file = open(path, "a+b")  # noqa: SIM115
+        else:
+            self.file = open_files.open(path, "a+b" if self.is_file else "ab")
+        if self.is_file:
             self.file.seek(0)
             self.earlier = self.file.readline()
-        else:
-            self.file = open(path, "ab")  # noqa: SIM115
         if self.earlier and os.path.isfile(path + RECORD_SUFFIX):
-            self.record = open(path + RECORD_SUFFIX, "r+b")  # noqa: SIM115
+            self.record = open_files.open(path + RECORD_SUFFIX, "r+b")
             self.check_job(self.record.readline())
 
     def check_job(self, header: bytes) -> None:
@@ -825,20 +850,17 @@ class Output:
         if self.record is not None:
             self.record.truncate(self.record.tell())
         elif self.is_file:
-            self.record = open(self.path + RECORD_SUFFIX, "wb")  # noqa: SIM115
+            self.record = self.open_files.open(self.path + RECORD_SUFFIX, "wb")
             header = json.dumps(asdict(self.job)) + "\n"
             self.record.writelines([header.encode(), *self.new_entries])
         self.is_started = True
 
     def finish(self) -> None:
-        """Check that an earlier run did not write more. Close the files."""
+        """Check that an earlier run did not write more."""
         if self.earlier:
             raise self.refusal(f"{self.path} has more lines than the input")
         if self.new_entries and not self.is_started:
             self.start()
-        for file in (self.record, self.file):
-            if file not in (None, sys.stdout.buffer):
-                file.close()
 
 
 # The command line
@@ -923,13 +945,13 @@ def count_threads() -> int:
     return os.cpu_count() or 1
 
 
-def run(options: argparse.Namespace) -> Output:
-    """Score the input."""
-    source = Input(options.input)
+def run(options: argparse.Namespace, open_files: OpenFiles) -> Output:
+    """Score the input. open_files: closes the files at its end."""
+    source = Input(options.input, open_files)
     models_dir = os.path.abspath(options.models_dir)  # workers may run in another folder
     model = load(options.model_size, models_dir)
     job = make_job(options, source, model)
-    output = Output(options.output, job)
+    output = Output(options.output, job, open_files)
 
     def to_batch(rows: list[Row]) -> Batch:
         ids = [row.ids for row in rows]
@@ -951,7 +973,8 @@ def run(options: argparse.Namespace) -> Output:
 def command(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     try:
-        output = run(options)
+        with OpenFiles() as open_files:
+            output = run(options, open_files)
     except KeyboardInterrupt:
         hint = "" if options.output == "-" else "; the same command continues"
         complain("score.py", f"interrupted{hint}")
