@@ -535,10 +535,12 @@ def check_cache(cache: KVCache, batch: tuple, n_layer: int, n_head: int, n_embd:
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """Return value as an int. Raises ValueError if it is not a whole number in this range."""
+    """Return a number, or the text of one, as an int. Raises ValueError if it is out of range."""
     try:
         number = int(value)
-        is_valid = number == value and number >= least and (most is None or number <= most)
+        is_valid = number >= least and (most is None or number <= most)
+        if not isinstance(value, str):
+            is_valid = is_valid and number == value  # 2.5 is not a whole number
     except (TypeError, ValueError, OverflowError):
         is_valid = False
     if not is_valid:
@@ -547,14 +549,12 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
     return number
 
 
-def real_number(name: str, value: Any, wanted: str) -> float:
-    """Return value as a float. Raises ValueError if it is not a number."""
+def real_number(value: Any) -> float:
+    """Return a number, or the text of one, as a float. For anything else, return NaN."""
     try:
-        if isinstance(value, str):
-            raise TypeError
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name} must be {wanted}, got {value!r}") from None
+        return math.nan
 
 
 # Choosing a token
@@ -570,14 +570,12 @@ class Sampling(NamedTuple):
 
 def check_sampling(temperature: Any, top_k: Any, top_p: Any) -> Sampling:
     """Return the options, each in its own type. Raises ValueError if one is out of range."""
-    any_temperature = "a number, 0 or more"
-    chosen_temperature = real_number("temperature", temperature, any_temperature)
+    chosen_temperature = real_number(temperature)
     if not chosen_temperature >= 0:  # NaN fails this, too
-        raise ValueError(f"temperature must be {any_temperature}, got {temperature!r}")
-    any_top_p = "above 0 and at most 1"
-    chosen_top_p = real_number("top_p", top_p, any_top_p)
+        raise ValueError(f"temperature must be a number, 0 or more, got {temperature!r}")
+    chosen_top_p = real_number(top_p)
     if not 0 < chosen_top_p <= 1:
-        raise ValueError(f"top_p must be {any_top_p}, got {top_p!r}")
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p!r}")
     return Sampling(chosen_temperature, whole_number("top_k", top_k, 0), chosen_top_p)
 
 
@@ -1117,33 +1115,6 @@ def unescape(text: str) -> str:
     return re.sub(r"\\([nt\\])", lambda match: characters[match[1]], text)
 
 
-def convert_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Turn the texts of numbers into numbers. Raises UsageError if an option is out of range."""
-    from utils import UsageError
-
-    options = dict(options)
-    for name in ("n_tokens_to_generate", "top_k", "seed", "n_samples"):
-        options |= convert(int, name, options)
-    for name in ("temperature", "top_p"):
-        options |= convert(float, name, options)
-    try:
-        check_options(options)
-    except ValueError as error:
-        hint = "; 90% is 0.9" if str(error).startswith("top_p") else ""
-        raise UsageError(f"--{error}{hint}") from None
-    return options
-
-
-def convert(number: type, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return {name: its value as a number}; as the text itself, if that is no number."""
-    if name not in options:
-        return {}
-    try:
-        return {name: number(options[name])}
-    except ValueError:
-        return {name: options[name]}
-
-
 def show(pieces: Iterable[str]) -> None:
     """Print pieces of text as they come, then a newline."""
     for piece in pieces:
@@ -1185,23 +1156,27 @@ def answer_prompts(first_prompt: str | None, model: tuple, options: dict[str, An
 @np.errstate(over="ignore", invalid="ignore")  # damaged parameters give one error, not many lines
 def run(words: list[str]) -> int:
     """Do what the command line asks -> exit status. Raises UsageError and what `main` raises."""
-    from utils import load_encoder_hparams_and_params, read_text
+    from utils import UsageError, load_encoder_hparams_and_params
 
     if {"-h", "--help"} & set(words):
         print(HELP)
         return 0
     switches = {word for word in words if word in SWITCHES}
     options = parse_arguments([decoded(word) for word in words if word not in SWITCHES])
-    options = convert_options(options)
+    try:
+        check_options(options)
+    except ValueError as error:
+        hint = "; 90% is 0.9" if str(error).startswith("top_p") else ""
+        raise UsageError(f"--{error}{hint}") from None
     interactive = "--interactive" in switches
     prompt = options.pop("prompt", None)
     if prompt is None and not interactive:
-        prompt = "" if sys.stdin.isatty() else read_text("-")
+        prompt = "" if sys.stdin.isatty() else read_prompt()
         if not prompt:
             print(USAGE, file=sys.stderr)
             return 2
     elif prompt == "-":
-        prompt = read_text("-")
+        prompt = read_prompt()
     warn_of_options_without_effect(options)
     model_size = options.pop("model_size", "124M")
     model = load_encoder_hparams_and_params(model_size, options.pop("models_dir", "models"))
@@ -1211,6 +1186,13 @@ def run(words: list[str]) -> int:
         return answer_prompts(prompt, model, options)
     show(continuation(prompt, model, **options))
     return 0
+
+
+def read_prompt() -> str:
+    """Read the prompt from standard input, without the final newline."""
+    from utils import read_text
+
+    return re.sub("\r?\n\\Z", "", read_text("-"))
 
 
 def decoded(word: str) -> str:
@@ -1226,13 +1208,13 @@ def decoded(word: str) -> str:
 def warn_of_options_without_effect(options: dict[str, Any]) -> None:
     from utils import complain
 
-    if options.get("temperature", 0) > 0:
+    if float(options.get("temperature", 0)) > 0:
         return
     unused = [f"--{name}" for name in ("top_k", "top_p", "seed") if name in options]
     if unused:
         names = ", ".join(unused)
         complain("gpt2.py", f"warning: at temperature 0, these options have no effect: {names}")
-    if options.get("n_samples", 1) > 1:
+    if int(options.get("n_samples", 1)) > 1:
         complain("gpt2.py", "warning: at temperature 0, all samples are equal")
 
 
