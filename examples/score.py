@@ -262,10 +262,9 @@ def windows(lines: Iterable[Line]) -> Iterator[list[Line]]:
 
 def is_text(line: bytes, encoding: str) -> bool:
     try:
-        decode(line, encoding)
+        return "\0" not in decode(line, encoding)
     except ValueError:
         return False
-    return True
 
 
 def decode(line: bytes, encoding: str) -> str:

@@ -164,7 +164,7 @@ def assert_one_line(result, status, *words):
 
 
 def test_figures_of_texts_equal_a_computation_in_float64(score_file, encode, predict, tmp_path):
-    rows = [{"id": i, "text": text, "nats": "?"} for i, text in enumerate(random_texts(200))]
+    rows = [{"id": i, "text": text, "nats": "?"} for i, text in enumerate(random_texts(80))]
     rows[7]["text"] = "the " * 500
     path = write_json_lines(tmp_path / "texts.jsonl", rows)
     lines = score_file(path, "--end", "--tokens")
@@ -182,7 +182,7 @@ def test_figures_of_texts_equal_a_computation_in_float64(score_file, encode, pre
         n_bytes = len(row["text"].encode())
         assert line["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
         assert list(other) == ["id", "n_tokens", "nats", "perplexity", "bits_per_byte"]
-    assert 10 < sum(line["n_tokens"] > N_CTX for line in lines) < 190
+    assert 10 < sum(line["n_tokens"] > N_CTX for line in lines) < 70
 
 
 def assert_scores(lines, wanted):
@@ -547,9 +547,11 @@ def test_every_kind_of_cut(run, corpus, written, has_record):
     whole = corpus[1]
     lines = whole.splitlines(keepends=True)
     window = len(b"".join(lines[:2048]))  # the end of the first window
-    cuts = {0, 15, len(lines[0]), window - 1, window, len(whole) - 1, len(whole)}
-    cuts |= {random.Random(3).randrange(len(whole)) for _ in range(4)}
-    for n_bytes in cuts:
+    cuts = [15, len(lines[0]), window - 1, window, len(whole)]
+    rng = random.Random(3)
+    if not has_record:
+        cuts = rng.sample(cuts, 2)
+    for n_bytes in [*cuts, rng.randrange(len(whole))]:
         output.write_bytes(whole[:n_bytes])
         if not has_record:
             os.remove(f"{output}.run")
@@ -634,12 +636,13 @@ def test_an_output_that_belongs_to_something_else_is_not_touched(run, corpus, wr
     other = lines[0].replace(b'"nats": ', b'"nats": 1')
     contents = [b"notes", b"notes\n", lines[1], lines[0] + lines[2][:40], other]
     contents += [whole + lines[0], whole + b"{", b"\xff\n", lines[0] + b"\n"]
-    for has_record in (True, False):
-        for content in contents:
-            output.write_bytes(content)
-            assert_refused(run, path, output)
-        if has_record:
-            os.remove(f"{output}.run")
+    for content in contents:
+        output.write_bytes(content)
+        assert_refused(run, path, output)
+    os.remove(f"{output}.run")
+    for content in (b"notes\n", lines[0] + lines[2][:40], other):
+        output.write_bytes(content)
+        assert_refused(run, path, output)
     assert_refused(run, path, path)  # the input is not overwritten
 
 
