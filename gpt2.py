@@ -23,14 +23,17 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":  # before NumPy loads OpenBLAS, whose idle threads then sleep sooner:
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "8")  # a token is faster on a busy machine
+
 import numpy as np
 
-BLOCK_ROWS = 32  # rows per block in gelu and layer_norm: the temporaries fit into the CPU's cache
+BLOCK = 100_000  # elements at a time in gelu and layer_norm: they fit into the CPU's cache
 ATTENTION_ROWS = 128  # queries per block: large products, but most future keys can be skipped
 FEW_ROWS = 64  # with fewer rows than this, (w.T @ x.T).T is faster than x @ w in OpenBLAS
-PROMPT_ROWS = 16  # with more rows than this, a call uses threads of its own instead of BLAS's
-BLOCKS_PER_THREAD = 4  # in a product: a thread that another program delays leaves some to others
-LOGIT_ROWS = 16  # rows of logits per block in target_log_probs: 3 MB for GPT-2's vocabulary
+PROMPT_ROWS = 64  # a call with at least as many rows has threads of its own; see "Threads"
+COLUMNS = 384  # of a product at a time, at most: wide enough to be fast, and several per thread
+LOGITS = 1 << 20  # per block in target_log_probs: 4 MB
 
 # glibc returns freed memory to the system, and new pages must be zeroed again. Freeing one large
 # block first raises its threshold, so later temporaries are reused: a prompt takes 8% less time.
@@ -40,7 +43,7 @@ Array = np.ndarray
 
 
 def in_blocks_of_rows(function: Callable) -> Callable:
-    """Decorator: apply a function of each row (last axis) to BLOCK_ROWS rows at a time."""
+    """Decorator: apply a function of each row (last axis) to some rows at a time."""
 
     @functools.wraps(function)
     def in_blocks(x, *args, **kwargs):
@@ -50,11 +53,11 @@ def in_blocks_of_rows(function: Callable) -> Callable:
 
 
 def with_own_threads(function: Callable) -> Callable:
-    """Decorator: spread the work of a call with more than PROMPT_ROWS token ids over threads."""
+    """Decorator: spread the work of a call with PROMPT_ROWS or more token ids over threads."""
 
     @functools.wraps(function)
     def spread(inputs, *args, **kwargs):
-        if np.size(inputs) <= PROMPT_ROWS:
+        if np.size(inputs) < PROMPT_ROWS:
             return function(inputs, *args, **kwargs)
         with own_threads():
             return function(inputs, *args, **kwargs)
@@ -319,8 +322,8 @@ ACTIVATIONS = {  # by their names in transformers
 
 
 def apply_to_rows(function: Callable, x: Array, *args, **kwargs) -> Array:
-    """function(x), computed for BLOCK_ROWS rows (last axis) at a time."""
-    if x.size <= BLOCK_ROWS * x.shape[-1]:
+    """function(x), computed for some rows (last axis) at a time: BLOCK elements or a bit less."""
+    if x.size <= BLOCK:
         return function(x, *args, **kwargs)
     rows = x.reshape(-1, x.shape[-1])
     y = np.empty(rows.shape, np.result_type(x, np.float32))
@@ -328,28 +331,35 @@ def apply_to_rows(function: Callable, x: Array, *args, **kwargs) -> Array:
     def apply(start, end):
         y[start:end] = function(rows[start:end], *args, **kwargs)
 
-    for_blocks(apply, len(rows), BLOCK_ROWS)
+    for_blocks(apply, len(rows), max(1, BLOCK // x.shape[-1]))
     return y.reshape(x.shape)
 
 
 def matmul(x: Array, w: Array, b: Array | None = None) -> Array:
     """x @ w (+ b) as one product for all leading axes: x [..., n_in], w [n_in, n_out]."""
     rows = x.reshape(-1, x.shape[-1])
+    if n_own_threads() > 1:
+        y = matmul_in_blocks(rows, w)
+    elif 1 < len(rows) < FEW_ROWS:
+        y = np.ascontiguousarray((w.T @ rows.T).T)
+    else:
+        y = rows @ w
+    if b is not None:
+        y = np.add(y, b, out=y if y.dtype == b.dtype else None)  # in place, but not with integers
+    return y.reshape(*x.shape[:-1], w.shape[-1])
+
+
+def matmul_in_blocks(x: Array, w: Array) -> Array:
+    """x @ w, computed for some columns of w at a time: two blocks or more for each thread."""
     n_out = w.shape[-1]
-    y = np.empty((len(rows), n_out), np.result_type(x, w, 0 if b is None else b))
+    size = min(COLUMNS, max(64, n_out // (2 * n_own_threads())))
+    y = np.empty((len(x), n_out), np.result_type(x, w))
 
     def multiply(start, end):
-        columns = y[:, start:end]
-        if 1 < len(rows) < FEW_ROWS:
-            columns[...] = (w[:, start:end].T @ rows.T).T
-        else:
-            np.matmul(rows, w[:, start:end], out=columns)
-        if b is not None:
-            columns += b[start:end]
+        np.matmul(x, w[:, start:end], out=y[:, start:end])
 
-    n_blocks = 1 if n_own_threads() == 1 else BLOCKS_PER_THREAD * n_own_threads()
-    for_blocks(multiply, n_out, math.ceil(n_out / n_blocks))
-    return y.reshape(*x.shape[:-1], n_out)
+    for_blocks(multiply, n_out, size)
+    return y
 
 
 # Threads. While a prompt is processed, BLAS has one thread, and its work is spread over as many
@@ -362,8 +372,12 @@ def for_blocks(function: Callable[[int, int], None], n: int, size: int) -> None:
 
     Inside `own_threads`, they are spread over threads. A thread that is free takes the next block.
     """
+    n_threads = n_own_threads()
+    if n_threads == 1 or n <= size:
+        for start in range(0, n, size):
+            function(start, min(start + size, n))
+        return
     starts = collections.deque(range(0, n, size))
-    n_helpers = min(n_own_threads(), len(starts)) - 1
     settings = np.geterr()  # other threads do not inherit them
 
     def work():
@@ -375,7 +389,8 @@ def for_blocks(function: Callable[[int, int], None], n: int, size: int) -> None:
                     return
                 function(start, min(start + size, n))
 
-    helpers = [_blas.pool().submit(work) for _ in range(n_helpers)]
+    pool = thread_pool(os.getpid())
+    helpers = [pool.submit(work) for _ in range(min(n_threads, len(starts)) - 1)]
     try:
         work()
     finally:
@@ -385,101 +400,100 @@ def for_blocks(function: Callable[[int, int], None], n: int, size: int) -> None:
                 helper.result()
 
 
+@functools.cache
+def thread_pool(process: int) -> Any:
+    """The threads of a process, which start when they are needed. A forked process has none yet."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(1000)  # an upper limit, for all callers together
+
+
 class _Blas:
-    """BLAS's threads. There is only one while `users` has a member."""
+    """BLAS's number of threads. It is one while `users` has a member."""
 
     def __init__(self):
         self.lock = threading.Lock()
         self.users: set[object] = set()
         self.n_threads = 1  # what BLAS was set to before the first user came
-        self.controller: Any = None
         self.limiter: Any = None
-        self.executor: Any = None
 
     def add(self, user: object) -> None:
         with self.lock:
-            if not self.users:
-                self.limit()
+            controller = blas_controller()
+            if controller and not self.users:
+                self.n_threads = min(each["num_threads"] for each in controller.info())
+                self.limiter = controller.limit(limits=1)
             self.users.add(user)
 
     def remove(self, user: object) -> None:
         with self.lock:
             self.users.discard(user)
-            if not self.users:
-                self.restore()
+            if self.limiter and not self.users:
+                self.limiter.restore_original_limits()
+                self.limiter = None
 
-    def limit(self) -> None:
-        if self.controller is None:
-            with contextlib.suppress(ImportError):  # then BLAS keeps its threads, and we have one
-                import threadpoolctl
 
-                self.controller = threadpoolctl.ThreadpoolController().select(user_api="blas")
-        if self.controller:
-            self.n_threads = min(each["num_threads"] for each in self.controller.info())
-            if self.n_threads > 1:
-                self.limiter = self.controller.limit(limits=1)
-
-    def restore(self) -> None:
-        if self.limiter is not None:
-            self.limiter.restore_original_limits()
-            self.limiter = None
-
-    def pool(self) -> Any:
-        with self.lock:
-            if self.executor is None:
-                from concurrent.futures import ThreadPoolExecutor
-
-                self.executor = ThreadPoolExecutor(1000)  # an upper limit, for all callers together
-            return self.executor
+@functools.cache
+def blas_controller() -> Any:
+    """What sets BLAS's number of threads, or nothing if threadpoolctl or such a BLAS is missing."""
+    try:
+        import threadpoolctl
+    except ImportError:
+        return None
+    return threadpoolctl.ThreadpoolController().select(user_api="blas")
 
 
 class _ThisThread(threading.local):
-    n_threads = None  # for its own blocks; None outside of own_threads and one_blas_thread
+    n_threads = 1  # for for_blocks
+    is_inside = False  # of own_threads
+
+
+def n_own_threads() -> int:
+    """How many threads for_blocks may use."""
+    return _this_thread.n_threads
 
 
 _blas = _Blas()
 _this_thread = _ThisThread()
 
 
-def n_own_threads() -> int:
-    """How many threads the calling thread may use in for_blocks."""
-    return _this_thread.n_threads or 1
-
-
 @contextlib.contextmanager
 def own_threads(n_threads: int | None = None) -> Iterator[None]:
     """Give BLAS one thread and for_blocks n_threads: by default, as many as BLAS was set to.
 
-    This may be nested and used in several threads at once. Within a thread, the outermost
-    n_threads counts. The last one to leave restores BLAS's threads.
+    This may be nested and used in several threads at once. In each thread, the outermost n_threads
+    counts. The last one to leave restores BLAS's threads.
     """
     user = object()
-    is_outermost = _this_thread.n_threads is None
+    is_outermost = not _this_thread.is_inside
     try:
         _blas.add(user)
         if is_outermost:
+            _this_thread.is_inside = True
             _this_thread.n_threads = n_threads or _blas.n_threads
         yield
     finally:
         if is_outermost:
-            _this_thread.n_threads = None
+            _this_thread.is_inside = False
+            _this_thread.n_threads = 1
         _blas.remove(user)
 
 
 def one_blas_thread() -> contextlib.AbstractContextManager:
-    """Run everything in the calling thread while this is entered, for programs with own threads."""
+    """Compute in the calling thread alone, for programs that have threads of their own."""
     return own_threads(1)
 
 
-def _after_fork() -> None:
-    """Start anew in a forked process: the other threads, which would clean up, are not there."""
+def _forget_threads() -> None:
+    """Start anew in a forked process, which has none of the other threads."""
     global _blas
-    _blas.restore()
+    if _blas.limiter:
+        _blas.limiter.restore_original_limits()
     _blas = _Blas()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(after_in_child=_forget_threads)
 
 
 # Checks of arguments
@@ -521,10 +535,12 @@ def check_cache(cache: KVCache, batch: tuple, n_layer: int, n_head: int, n_embd:
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """Return value as an int. Raises ValueError if it is not a whole number in this range."""
+    """Return a number, or the text of one, as an int. Raises ValueError if it is out of range."""
     try:
         number = int(value)
-        is_valid = number == value and number >= least and (most is None or number <= most)
+        is_valid = number >= least and (most is None or number <= most)
+        if not isinstance(value, str):
+            is_valid = is_valid and number == value  # 2.5 is not a whole number
     except (TypeError, ValueError, OverflowError):
         is_valid = False
     if not is_valid:
@@ -533,14 +549,12 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
     return number
 
 
-def real_number(name: str, value: Any, wanted: str) -> float:
-    """Return value as a float. Raises ValueError if it is not a number."""
+def real_number(value: Any) -> float:
+    """Return a number, or the text of one, as a float. For anything else, return NaN."""
     try:
-        if isinstance(value, str):
-            raise TypeError
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name} must be {wanted}, got {value!r}") from None
+        return math.nan
 
 
 # Choosing a token
@@ -556,14 +570,12 @@ class Sampling(NamedTuple):
 
 def check_sampling(temperature: Any, top_k: Any, top_p: Any) -> Sampling:
     """Return the options, each in its own type. Raises ValueError if one is out of range."""
-    any_temperature = "a number, 0 or more"
-    chosen_temperature = real_number("temperature", temperature, any_temperature)
+    chosen_temperature = real_number(temperature)
     if not chosen_temperature >= 0:  # NaN fails this, too
-        raise ValueError(f"temperature must be {any_temperature}, got {temperature!r}")
-    any_top_p = "above 0 and at most 1"
-    chosen_top_p = real_number("top_p", top_p, any_top_p)
+        raise ValueError(f"temperature must be a number, 0 or more, got {temperature!r}")
+    chosen_top_p = real_number(top_p)
     if not 0 < chosen_top_p <= 1:
-        raise ValueError(f"top_p must be {any_top_p}, got {top_p!r}")
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p!r}")
     return Sampling(chosen_temperature, whole_number("top_k", top_k, 0), chosen_top_p)
 
 
@@ -792,23 +804,33 @@ def target_log_probs(inputs: Any, targets: Any, params: dict, n_head: int) -> Ar
     """The natural log-probability of each target after the inputs up to its position.
 
     inputs: token ids [..., n_seq]. targets: the ids that follow the last n_out of them,
-    [..., n_out]. Returns float32 [..., n_out]. The logits are computed in blocks of LOGIT_ROWS
-    rows, so they need little memory. Raises what `gpt2` raises.
+    [..., n_out]. Returns float32 [..., n_out]. The vocabulary is computed in blocks, so the logits
+    need little memory. Raises what `gpt2` raises.
     """
     wte = params["wte"]
     targets = check_ids(targets, len(wte))
     states = final_states(inputs, **params, n_head=n_head, n_out=targets.shape[-1])
-    states = states.reshape(-1, states.shape[-1])
-    flat_targets = targets.reshape(-1)
-    result = np.empty(len(states), np.float32)
+    states = states.reshape(targets.size, -1)
+    ids = targets.reshape(-1)
+    size = max(1, LOGITS // len(ids))  # tokens of the vocabulary per block
+    n_blocks = math.ceil(len(wte) / size)
+    chosen = np.empty(len(ids), np.float32)
+    largest = np.empty((n_blocks, len(ids)), np.float32)
+    sums = np.empty((n_blocks, len(ids)), np.float32)
 
     def score(start, end):
-        logits = matmul(states[start:end], wte.T)
-        rows = np.arange(end - start)
-        result[start:end] = log_softmax(logits)[rows, flat_targets[start:end]]
+        logits = states @ wte[start:end].T
+        rows = np.flatnonzero((ids >= start) & (ids < end))
+        chosen[rows] = logits[rows, ids[rows] - start]
+        maxima = logits.max(axis=-1, keepdims=True)
+        logits -= maxima
+        largest[start // size] = maxima[:, 0]
+        sums[start // size] = np.exp(logits, out=logits).sum(axis=-1)
 
-    for_blocks(score, len(states), LOGIT_ROWS)
-    return result.reshape(targets.shape)
+    for_blocks(score, len(wte), size)
+    maxima = largest.max(axis=0)
+    total = (sums * np.exp(largest - maxima)).sum(axis=0)
+    return (chosen - maxima - np.log(total)).reshape(targets.shape)
 
 
 @np.errstate(under="ignore")
@@ -1093,33 +1115,6 @@ def unescape(text: str) -> str:
     return re.sub(r"\\([nt\\])", lambda match: characters[match[1]], text)
 
 
-def convert_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Turn the texts of numbers into numbers. Raises UsageError if an option is out of range."""
-    from utils import UsageError
-
-    options = dict(options)
-    for name in ("n_tokens_to_generate", "top_k", "seed", "n_samples"):
-        options |= convert(int, name, options)
-    for name in ("temperature", "top_p"):
-        options |= convert(float, name, options)
-    try:
-        check_options(options)
-    except ValueError as error:
-        hint = "; 90% is 0.9" if str(error).startswith("top_p") else ""
-        raise UsageError(f"--{error}{hint}") from None
-    return options
-
-
-def convert(number: type, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return {name: its value as a number}; as the text itself, if that is no number."""
-    if name not in options:
-        return {}
-    try:
-        return {name: number(options[name])}
-    except ValueError:
-        return {name: options[name]}
-
-
 def show(pieces: Iterable[str]) -> None:
     """Print pieces of text as they come, then a newline."""
     for piece in pieces:
@@ -1161,23 +1156,27 @@ def answer_prompts(first_prompt: str | None, model: tuple, options: dict[str, An
 @np.errstate(over="ignore", invalid="ignore")  # damaged parameters give one error, not many lines
 def run(words: list[str]) -> int:
     """Do what the command line asks -> exit status. Raises UsageError and what `main` raises."""
-    from utils import load_encoder_hparams_and_params, read_text
+    from utils import UsageError, load_encoder_hparams_and_params
 
     if {"-h", "--help"} & set(words):
         print(HELP)
         return 0
     switches = {word for word in words if word in SWITCHES}
     options = parse_arguments([decoded(word) for word in words if word not in SWITCHES])
-    options = convert_options(options)
+    try:
+        check_options(options)
+    except ValueError as error:
+        hint = "; 90% is 0.9" if str(error).startswith("top_p") else ""
+        raise UsageError(f"--{error}{hint}") from None
     interactive = "--interactive" in switches
     prompt = options.pop("prompt", None)
     if prompt is None and not interactive:
-        prompt = "" if sys.stdin.isatty() else read_text("-")
+        prompt = "" if sys.stdin.isatty() else read_prompt()
         if not prompt:
             print(USAGE, file=sys.stderr)
             return 2
     elif prompt == "-":
-        prompt = read_text("-")
+        prompt = read_prompt()
     warn_of_options_without_effect(options)
     model_size = options.pop("model_size", "124M")
     model = load_encoder_hparams_and_params(model_size, options.pop("models_dir", "models"))
@@ -1187,6 +1186,13 @@ def run(words: list[str]) -> int:
         return answer_prompts(prompt, model, options)
     show(continuation(prompt, model, **options))
     return 0
+
+
+def read_prompt() -> str:
+    """Read the prompt from standard input, without the final newline."""
+    from utils import read_text
+
+    return re.sub("\r?\n\\Z", "", read_text("-"))
 
 
 def decoded(word: str) -> str:
@@ -1202,13 +1208,13 @@ def decoded(word: str) -> str:
 def warn_of_options_without_effect(options: dict[str, Any]) -> None:
     from utils import complain
 
-    if options.get("temperature", 0) > 0:
+    if float(options.get("temperature", 0)) > 0:
         return
     unused = [f"--{name}" for name in ("top_k", "top_p", "seed") if name in options]
     if unused:
         names = ", ".join(unused)
         complain("gpt2.py", f"warning: at temperature 0, these options have no effect: {names}")
-    if options.get("n_samples", 1) > 1:
+    if int(options.get("n_samples", 1)) > 1:
         complain("gpt2.py", "warning: at temperature 0, all samples are equal")
 
 

@@ -1,14 +1,17 @@
 """Files: download a published GPT-2, verify it, load it -> (encoder, hparams, params).
 
-A model is a folder in one of two layouts: OpenAI's (a TensorFlow checkpoint) or Hugging Face's (safetensors). In both,
-the weights lie in the file as NumPy needs them. So float32 weights are memory-mapped, not copied.
+A model is a folder in one of two layouts: OpenAI's (a TensorFlow checkpoint) or Hugging Face's
+(safetensors). In both, the weights lie in the file as NumPy needs them. So float32 weights are
+memory-mapped, not copied.
 """
 
 import base64
 import contextlib
+import errno
 import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import mmap
@@ -21,43 +24,61 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import numpy as np
 
 from encoder import Encoder, get_encoder
+
+if TYPE_CHECKING:  # imported by the functions that need it: a model on disk is loaded without it
+    import requests
 
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 FILES = {  # of a published model, with their SHA-256 for 124M; the other sizes have none published
     "checkpoint": "dd1b025d2e155283f5e300ce95bf6d5b6bc0f7fe010db73daa6975eb896ab9cb",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "hparams.json": "d9d56e4121c427164e0c55c6f03c08e1daf9002b9b672825112d19097b680318",
-    "model.ckpt.data-00000-of-00001": "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118",
+    "model.ckpt.data-00000-of-00001": (
+        "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118"
+    ),
     "model.ckpt.index": "71916f763f9746f9b2a06b12d91996cf1084ae008d0424543d39391c5f2dc687",
     "model.ckpt.meta": "4668c448fa11531fd6700460487f73e82d3272960cea942252f8744bf225c77b",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 IN_EVERY_SIZE = ("encoder.json", "vocab.bpe")
-HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+
+
+class Sizes(NamedTuple):
+    """The values of hparams.json, which determine the shape of every variable."""
+
+    n_vocab: int
+    n_ctx: int
+    n_embd: int
+    n_head: int
+    n_layer: int
+
+
+HPARAMS = Sizes._fields
 _sizes = operator.itemgetter(*HPARAMS)
 MODEL_SIZES = {
-    "124M": (50257, 1024, 768, 12, 12),
-    "355M": (50257, 1024, 1024, 16, 24),
-    "774M": (50257, 1024, 1280, 20, 36),
-    "1558M": (50257, 1024, 1600, 25, 48),
+    "124M": Sizes(n_vocab=50257, n_ctx=1024, n_embd=768, n_head=12, n_layer=12),
+    "355M": Sizes(n_vocab=50257, n_ctx=1024, n_embd=1024, n_head=16, n_layer=24),
+    "774M": Sizes(n_vocab=50257, n_ctx=1024, n_embd=1280, n_head=20, n_layer=36),
+    "1558M": Sizes(n_vocab=50257, n_ctx=1024, n_embd=1600, n_head=25, n_layer=48),
 }
-_DATA, _RECORD = (
-    ".data-00000-of-00001",
-    ".verified.json",
-)  # suffixes of a checkpoint's data file and of its verification record
-KNOWN_DATA = {  # hparams -> SHA-256 of the data file: 124M and models/tiny
+_TINY = Sizes(n_vocab=1024, n_ctx=256, n_embd=128, n_head=4, n_layer=4)
+_DATA = ".data-00000-of-00001"  # suffix of a checkpoint's data file
+_RECORD = ".verified.json"  # suffix of its verification record
+KNOWN_DATA = {  # SHA-256 of the data file
     MODEL_SIZES["124M"]: FILES["model.ckpt" + _DATA],
-    (1024, 256, 128, 4, 4): "02ce5e2c9d75fd413b78a0123dfc08a2033169d137308353d6cebc8f0762d895",
+    _TINY: "02ce5e2c9d75fd413b78a0123dfc08a2033169d137308353d6cebc8f0762d895",
 }
 
 CHUNK_BYTES = 1 << 13  # read at a time; an interruption loses at most this
 TIMEOUT = (4, 10)  # seconds to connect, and between two pieces of an answer
-PATIENCE = 8  # seconds: give up on a server that has not answered at all by then
+PATIENCE = 8  # seconds: give up on a server that has sent nothing by then
 RETRIES = 4  # consecutive retries without progress
+LOCK_ATTEMPTS = 100  # while other processes remove the folder
 BACKOFF = 0.5  # seconds before the first retry, doubled for each further one
 MAX_WAIT = 30  # seconds: upper limit for Retry-After
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses after which a retry may help
@@ -69,232 +90,373 @@ _REPLACE = "replace it with an intact copy (delete a published model's file to d
 
 
 def download_gpt2_files(model_size: str, model_dir: str) -> None:
-    """Download the files of a published model that are missing in model_dir. Creates model_dir if necessary.
+    """Download the files of a published model that are missing in model_dir.
 
-    A file gets its final name only after its length, its MD5 (if the server sends one) and its SHA-256 (if published)
-    are verified. An interrupted download leaves `*.part` files, and the next call resumes them. If several processes
-    download at once, one does the work and the others wait for it (not on Windows).
+    Creates model_dir if necessary. A file gets its final name only after its length, its MD5 (if
+    the server sends one) and its SHA-256 (if published) are verified. An interrupted download
+    leaves `*.part` files, and the next call resumes them. If several processes download at once,
+    one does the work and the others wait for it (not on Windows).
 
-    Environment variables: GPT2_BASE_URL is the address of a mirror, with files at $GPT2_BASE_URL/{model_size}/{file}.
-    GPT2_ALLOW_UNVERIFIED=1 skips SHA-256, for a server that has other weights under a published name.
+    Environment variables: GPT2_BASE_URL is the address of a mirror, with files at
+    $GPT2_BASE_URL/{model_size}/{file}. GPT2_ALLOW_UNVERIFIED=1 skips SHA-256, for a server that
+    has other weights under a published name.
 
-    Raises ValueError for an unknown model_size, ConnectionError if a file cannot be downloaded or is wrong, and another
-    OSError if a file cannot be written.
+    Raises ValueError for an unknown model_size or an unusable GPT2_BASE_URL, ConnectionError if a
+    file cannot be downloaded or is wrong, and another OSError if a file cannot be written.
     """
     if model_size not in MODEL_SIZES:
-        raise ValueError(
-            f"there is no published model {model_size!r}, only {', '.join(MODEL_SIZES)}"
-        )
-    if all(os.path.isfile(os.path.join(model_dir, name)) for name in FILES):
+        names = ", ".join(MODEL_SIZES)
+        raise ValueError(f"there is no published model {model_size!r}, only {names}")
+    if not missing_files(model_dir):
         return
+    base_url = get_base_url()
+    if is_unverified():
+        note(f"warning: GPT2_ALLOW_UNVERIFIED is set: SHA-256 is not checked in {model_dir}")
     import requests
 
+    with locked(model_dir), new_session(base_url) as session:
+        for name in FILES:
+            url = f"{base_url}/{model_size}/{name}"
+            path = os.path.join(model_dir, name)
+            try:
+                if not os.path.isfile(path):
+                    download_file(session, url, path, known_sha256(model_size, name))
+            except (ConnectionError, requests.RequestException, ValueError) as error:
+                raise ConnectionError(f"cannot download {url}: {reason(error)}") from None
+            discard(path + ".part")
+
+
+def missing_files(model_dir: str) -> list[str]:
+    """Return the names of a published model's files that are not in model_dir."""
+    return [name for name in FILES if not os.path.isfile(os.path.join(model_dir, name))]
+
+
+def get_base_url() -> str:
+    """Return the address under which the models are, without a slash at its end."""
     base_url = (os.environ.get("GPT2_BASE_URL") or BASE_URL).rstrip("/")
     if not base_url.lower().startswith(("https://", "http://")):
         raise ValueError(f"GPT2_BASE_URL must begin with https:// or http://, got {base_url!r}")
-    if _unverified():
-        print(
-            f"warning: GPT2_ALLOW_UNVERIFIED is set: SHA-256 is not checked in {model_dir}",
-            file=sys.stderr,
-        )
-    with _locked(model_dir), requests.Session() as session:
-        if base_url.lower().startswith("https://"):
-            del session.adapters["http://"]  # no redirect may lead from https to http
-        for name in FILES:
-            is_known = not _unverified() and (model_size == "124M" or name in IN_EVERY_SIZE)
-            path = os.path.join(model_dir, name)
-            if not os.path.isfile(path):
-                _fetch(
-                    session,
-                    f"{base_url}/{model_size}/{name}",
-                    path,
-                    sha256=FILES[name] if is_known else None,
-                )
-            _discard(path + ".part")
+    return base_url
 
 
-def _unverified() -> bool:
+def is_unverified() -> bool:
+    """Return whether the user allows files with another SHA-256 than the published one."""
     return os.environ.get("GPT2_ALLOW_UNVERIFIED", "0") not in ("", "0")
 
 
-@contextlib.contextmanager
-def _locked(folder: str):
-    """Create the folder and lock it against other processes (not on Windows). Remove it at the end if it is empty."""
-    created = [
-        path for path in (folder, os.path.dirname(folder)) if path and not os.path.isdir(path)
-    ]
-    os.makedirs(folder, exist_ok=True)
-    descriptor = None
-    try:
-        with contextlib.suppress(
-            ImportError, OSError
-        ):  # Windows has no fcntl, some file systems have no locks
-            import fcntl
+def known_sha256(model_size: str, name: str) -> str | None:
+    """Return the SHA-256 that a file must have, None if none is published or the user skips it."""
+    if is_unverified():
+        return None
+    if model_size == "124M" or name in IN_EVERY_SIZE:
+        return FILES[name]
+    return None
 
-            descriptor = os.open(
-                folder, os.O_RDONLY
-            )  # the lock is on the folder itself and leaves no file
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another download into {folder}", file=sys.stderr)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+@contextlib.contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """Create the folder and lock it against other processes (not on Windows).
+
+    If it is empty at the end, it is removed again with the parent folders that were created.
+    """
+    for attempt in itertools.count(1):
+        created = [path for path in (Path(folder), *Path(folder).parents) if not path.is_dir()]
+        try:
+            os.makedirs(folder, exist_ok=True)
+            descriptor = lock(folder)
+            break
+        except FileNotFoundError:  # another process, whose download failed, removed the folder
+            if attempt == LOCK_ATTEMPTS:
+                raise
+    try:
         yield
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
         with contextlib.suppress(OSError):  # not empty
             for path in created:
-                os.rmdir(path)
+                path.rmdir()
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-def _fetch(session, url: str, path: str, sha256: str | None) -> None:
-    """Download url to path and verify it. Retries as long as requests make progress."""
+def lock(folder: str) -> int | None:
+    """Lock a folder, if necessary wait for it. Returns the descriptor that holds the lock.
+
+    Returns None if folders cannot be opened, as on Windows. Raises FileNotFoundError if the folder
+    does not exist or was removed while this waited.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)  # a lock on the folder itself leaves no file
+    except (ImportError, PermissionError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        note(f"waiting for another download into {folder}")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:  # some network file systems have no locks
+        return descriptor
+    if not is_folder(descriptor, folder):
+        os.close(descriptor)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder)
+    return descriptor
+
+
+def is_folder(descriptor: int, folder: str) -> bool:
+    """Return whether the folder that was opened still has this name."""
+    return os.path.isdir(folder) and os.path.samestat(os.fstat(descriptor), os.stat(folder))
+
+
+def new_session(base_url: str) -> "requests.Session":
+    """Return a session that asks again when a server answers "later", and never leaves https.
+
+    It retries statuses alone. `fetch` continues connections that broke off; retries here, too,
+    would multiply its own.
+    """
     import requests
+    from requests.adapters import HTTPAdapter
+    from urllib3.exceptions import InvalidHeader
+    from urllib3.util import Retry
 
+    class CappedRetry(Retry):
+        def parse_retry_after(self, retry_after: str) -> float:
+            try:
+                return min(super().parse_retry_after(retry_after), MAX_WAIT)
+            except (InvalidHeader, ValueError, OverflowError):
+                return 0  # wait as if there were no such header
+
+    retries = CappedRetry(
+        total=RETRIES,
+        connect=0,
+        read=0,
+        other=0,
+        status_forcelist=TRANSIENT,
+        backoff_factor=BACKOFF,
+        raise_on_status=False,
+    )
+    session = requests.Session()
+    session.headers["Accept-Encoding"] = "identity"  # ranges and lengths count the file's own bytes
+    session.mount("https://", HTTPAdapter(max_retries=retries))
+    session.mount("http://", HTTPAdapter(max_retries=retries))
+    if base_url.lower().startswith("https://"):
+        del session.adapters["http://"]  # no redirect may lead from https to http
+    return session
+
+
+def download_file(
+    session: "requests.Session", url: str, path: str, sha256: str | None = None
+) -> None:
+    """Download url to path and verify it."""
     part = path + ".part"
-    started, failures, size, answered = time.monotonic(), 0, _size(part), False
-    while True:
-        try:
-            md5 = _request(session, url, part)
-            break
-        except requests.RequestException as error:
-            progress = _size(part) > size
-            answered = answered or progress or error.response is not None
-            failures, size = 0 if progress else failures + 1, max(size, _size(part))
-            if failures > RETRIES or (not answered and time.monotonic() - started > PATIENCE):
-                hint = "" if answered else "; --model_size tiny needs no network"
-                raise ConnectionError(f"cannot download {url}: {_reason(error)}{hint}") from None
-            wait = (
-                error.response.headers.get("Retry-After", "") if error.response is not None else ""
-            )
-            wait = min(int(wait), MAX_WAIT) if wait.isdecimal() else 0
-            time.sleep(max(wait, BACKOFF * 2 ** max(failures - 1, 0)))
-        except OSError as error:
-            if error.errno and not error.filename:  # a failed write does not name the file
-                error.filename = part
-            raise
-    for algorithm, expected in ("md5", md5), ("sha256", sha256):
-        if expected and (found := _digest(part, algorithm)) != expected:
-            _discard(part)
-            raise ConnectionError(
-                f"{url} is damaged or not the expected file: its {algorithm} is {found}, not {expected}"
-            )
+    try:
+        md5 = fetch(session, url, part)
+    except OSError as error:
+        if error.errno and not error.filename:  # a failed write does not name the file
+            error.filename = part
+        raise
+    verify(part, "md5", md5)
+    verify(part, "sha256", sha256)
     os.replace(part, path)
 
 
-def _request(session, url: str, part: str) -> str | None:
-    """Request the missing rest of url once and append it to part. Returns the MD5 that the server states, in hex.
+def fetch(session: "requests.Session", url: str, part: str) -> str | None:
+    """Download url to part. Returns the MD5 that the server states, in hex.
 
-    part.version holds the ETag or date of the file on the server (for If-Range), so two versions are never joined.
-    Raises requests.RequestException if a retry may help, ConnectionError if not.
+    Asks again after a connection broke off, as long as this makes progress. Raises ConnectionError
+    if it makes none, and for an answer that is not the file.
     """
     import requests
+    from requests.exceptions import ChunkedEncodingError
 
-    # Request the last byte again: a complete part then still has a range to request and an answer to check.
-    offset, version, headers = max(_size(part) - 1, 0), None, {"Accept-Encoding": "identity"}
-    if offset and os.path.isfile(part + ".version"):
-        with open(part + ".version", encoding="latin-1") as file:
-            version = file.read()
+    longest = size_of(part)
+    has_progressed = False
+    n_failures = 0  # in a row, the last one with progress included
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return receive(session, url, part)
+        except (requests.ConnectionError, requests.Timeout, ChunkedEncodingError) as error:
+            if size_of(part) > longest:
+                longest = size_of(part)
+                has_progressed = True
+                n_failures = 0
+            n_failures += 1
+            is_silent = not has_progressed and time.monotonic() > deadline
+            if n_failures > RETRIES or is_silent:
+                hint = "" if has_progressed else "; --model_size tiny needs no network"
+                raise ConnectionError(f"{reason(error)}{hint}") from None
+        time.sleep(BACKOFF * 2 ** (n_failures - 1))
+
+
+def receive(session: "requests.Session", url: str, part: str) -> str | None:
+    """Request what part lacks and append it. Returns the MD5 of the whole file, if stated."""
+    with request_rest(session, url, part) as response:
+        problem = problem_with(response)
+        if problem:
+            raise ConnectionError(problem)
+        append_body(response, part)
+        return stated_md5(response)
+
+
+def request_rest(session: "requests.Session", url: str, part: str) -> "requests.Response":
+    """Request the rest of the file that part begins, or all of it where that is impossible."""
+    version = read_version(part)
     if version:
-        headers |= {"Range": f"bytes={offset}-", "If-Range": version}
-    try:
-        with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-            length = _expected_length(response, url, part, offset, version)
-            if response.status_code == 200:
-                offset = 0
-                _discard(part)
-                if _version(response):
-                    with open(part + ".version", "w", encoding="latin-1") as file:
-                        file.write(_version(response))
-            name = os.path.basename(part).removesuffix(".part")
-            bar = progress_bar(desc=name, initial=offset, total=length, unit="B", unit_scale=True)
-            with open(part, "ab") as file, bar:
-                file.truncate(offset)
-                for chunk in response.iter_content(CHUNK_BYTES):
-                    file.write(chunk)
-                    file.flush()
-                    bar.update(len(chunk))
-                os.fsync(file.fileno())
-            if _size(part) != length:
-                raise requests.ConnectionError(
-                    f"received {_size(part)} of {length} bytes", response=response
-                )
-            md5 = response.headers.get("x-ms-blob-content-md5")
-            if (
-                response.status_code == 200
-            ):  # Content-MD5 of a 206 covers only the range (RFC 2616, 14.15)
-                md5 = md5 or response.headers.get("Content-MD5")
-            return base64.b64decode(md5).hex() if md5 else None
-    except (
-        requests.TooManyRedirects,
-        ValueError,
-    ) as error:  # ValueError: an unusable address or header
-        raise ConnectionError(f"cannot download {url}: {error}") from None
+        start = resume_at(part)
+        headers = {"Range": f"bytes={start}-", "If-Range": version}
+        response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+        if is_rest(response, start, version) or response.status_code not in (206, 416):
+            return response
+        response.close()
+        discard(part)
+    return session.get(url, stream=True, timeout=TIMEOUT)
 
 
-def _expected_length(response, url: str, part: str, offset: int, version: str | None) -> int:
-    """Return the length of the whole file. Raises as _request does for any other answer."""
+def resume_at(part: str) -> int:
+    """Return the offset of the last byte, which is requested again.
+
+    So a complete part, too, has a range to request and an answer that can be checked.
+    """
+    return max(size_of(part) - 1, 0)
+
+
+def is_rest(response: "requests.Response", start: int, version: str) -> bool:
+    """Return whether the body continues the same version of the file at the requested offset."""
+    content_range = response.headers.get("Content-Range", "")
+    return (
+        response.status_code == 206
+        and re.fullmatch(rf"bytes {start}-\d+/\d+", content_range, re.IGNORECASE) is not None
+        and version_of(response) in (None, version)
+    )
+
+
+def content_range(response: "requests.Response", start: int) -> re.Match | None:
+    """Match a Content-Range that begins at start. Its group is the length of the whole file."""
+    value = response.headers.get("Content-Range", "")
+    return re.fullmatch(rf"bytes {start}-\d+/(\d+)", value, re.IGNORECASE)
+
+
+def problem_with(response: "requests.Response") -> str | None:
+    """Return why an answer is not the file or the requested rest of it, None if it is."""
+    headers = response.headers
+    if response.status_code == 206 and "Range" in response.request.headers:
+        return None  # is_rest has checked it
+    if response.status_code != 200:
+        return f"HTTP status {response.status_code} ({response.reason})"
+    if headers.get("Content-Type", "").lower().startswith("text/html"):
+        return "the answer is a web page (does this network require a login?)"
+    if headers.get("Content-Encoding", "identity").lower() != "identity":
+        return "the answer is compressed, which was not requested"
+    if "Transfer-Encoding" in headers or not headers.get("Content-Length", "").isdecimal():
+        return "the server does not state the length"
+    return None
+
+
+def length_of_file(response: "requests.Response") -> int:
+    """Return the length of the whole file, of which the body may be the rest."""
+    if response.status_code == 206:
+        return int(response.headers["Content-Range"].rpartition("/")[2])
+    return int(response.headers["Content-Length"])
+
+
+def append_body(response: "requests.Response", part: str) -> None:
+    """Write the body to part: behind what is there if it is the rest, else in its place."""
     import requests
 
-    status, headers = response.status_code, response.headers
-    if status in (206, 416) and version:
-        content_range = re.fullmatch(
-            rf"bytes {offset}-\d+/(\d+)", headers.get("Content-Range", ""), re.IGNORECASE
+    if response.status_code == 200:
+        discard(part)
+        write_version(response, part)
+    start = resume_at(part)
+    length = length_of_file(response)
+    name = os.path.basename(part).removesuffix(".part")
+    bar = progress_bar(desc=name, initial=start, total=length, unit="B", unit_scale=True)
+    with open(part, "ab") as file, bar:
+        file.truncate(start)
+        for chunk in response.iter_content(CHUNK_BYTES):
+            file.write(chunk)
+            file.flush()
+            bar.update(len(chunk))
+        os.fsync(file.fileno())
+    if size_of(part) != length:  # urllib3 1.26 does not count the bytes
+        raise requests.ConnectionError(f"received {size_of(part)} of {length} bytes")
+
+
+def version_of(response: "requests.Response") -> str | None:
+    """Return what tells the versions of a file on the server apart: its ETag, or else its date."""
+    return response.headers.get("ETag") or response.headers.get("Last-Modified")
+
+
+def write_version(response: "requests.Response", part: str) -> None:
+    """Remember the version of which part is a part, so that two are never joined."""
+    version = version_of(response)
+    if version:
+        with open(part + ".version", "w", encoding="latin-1") as file:
+            file.write(version)
+
+
+def read_version(part: str) -> str | None:
+    """Return the version of which part holds the beginning, None if there is nothing to resume."""
+    if size_of(part) == 0 or not os.path.isfile(part + ".version"):
+        return None
+    with open(part + ".version", encoding="latin-1") as file:
+        return file.read()
+
+
+def stated_md5(response: "requests.Response") -> str | None:
+    """Return the MD5 of the whole file in hex, None if the server does not state it."""
+    md5 = response.headers.get("x-ms-blob-content-md5")
+    if response.status_code == 200:  # of a 206 it is that of the body (RFC 2616, 14.15)
+        md5 = md5 or response.headers.get("Content-MD5")
+    return base64.b64decode(md5).hex() if md5 else None
+
+
+def verify(part: str, algorithm: str, expected: str | None) -> None:
+    """Compare the digest of part, if one is expected. Deletes a wrong part: ConnectionError."""
+    if expected is None:
+        return
+    found = digest(part, algorithm)
+    if found != expected:
+        discard(part)
+        raise ConnectionError(
+            f"it is damaged or not the expected file: its {algorithm} is {found}, not {expected}"
         )
-        if status == 206 and content_range and _version(response) in (None, version):
-            return int(content_range[1])
-        _discard(part)
-        raise requests.HTTPError(
-            "the server did not resume at the requested offset", response=response
-        )
-    if status in TRANSIENT:
-        raise requests.HTTPError(f"HTTP status {status}", response=response)
-    if status != 200:
-        problem = f"HTTP status {status} ({response.reason})"
-    elif headers.get("Content-Type", "").lower().startswith("text/html"):
-        problem = "the answer is a web page (does this network require a login?)"
-    elif headers.get("Content-Encoding", "identity").lower() != "identity":
-        problem = "the answer is compressed, which was not requested"
-    elif not headers.get("Content-Length", "").isdecimal() or "Transfer-Encoding" in headers:
-        problem = "the server does not state the length"
-    else:
-        return int(headers["Content-Length"])
-    raise ConnectionError(f"cannot download {url}: {problem}")
 
 
-def _version(response) -> str | None:
-    etag = response.headers.get("ETag", "")  # a weak one, W/"...", does not promise the same bytes
-    return etag if etag.startswith('"') else response.headers.get("Last-Modified")
+def reason(error: Exception) -> str:
+    """Return the message of the innermost error, without the names of urllib3's objects."""
+    inner = getattr(error, "reason", None)
+    if inner is None and error.args:
+        inner = error.args[-1]
+    if isinstance(inner, Exception):
+        prefix = "the proxy: " if hasattr(error, "original_error") else ""
+        return prefix + reason(inner)
+    return re.sub(r"^(<.*?>|\w+\(.*?\)): ", "", str(error))
 
 
-def _reason(error) -> str:
-    """Return the message of an error without urllib3's object names."""
-    inner = error.args[0] if error.args else error
-    inner = getattr(inner, "reason", inner)
-    inner, proxy = (
-        getattr(inner, "original_error", inner),
-        "the proxy: " * hasattr(inner, "original_error"),
-    )
-    return proxy + re.sub(r"^\w+\(.*?\): ", "", str(inner))
-
-
-def _size(path: str) -> int:
+def size_of(path: str) -> int:
+    """Return the size of a file, 0 if there is none."""
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
-def _digest(path: str, algorithm: str) -> str:
-    digest = hashlib.new(algorithm, usedforsecurity=False)
+def digest(path: str, algorithm: str) -> str:
+    """Return the digest of a file in hex."""
+    result = hashlib.new(algorithm, usedforsecurity=False)
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+            result.update(chunk)
+    return result.hexdigest()
 
 
-def _discard(part: str) -> None:
+def discard(part: str) -> None:
+    """Delete a partial file and the file with its version."""
     for path in (part, part + ".version"):
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)
+
+
+_unverified = is_unverified  # the loading half still uses these names
+_digest = digest
 
 
 # Loading
@@ -694,6 +856,8 @@ def _array(
 
 # The terminal, shared by gpt2.py and the examples
 
+PACKAGES = ("fire", "huggingface_hub", "numpy", "regex", "requests", "threadpoolctl", "tqdm")
+
 
 class UsageError(ValueError):
     """The arguments of a command are unusable."""
@@ -705,12 +869,11 @@ def run_command(
     """Run command(arguments) -> exit status. An error becomes one line on standard error.
 
     The status is what the command returns (0 for None), 0 if the reader of its output has closed
-    the pipe, 1 after an error, 2 after a UsageError and 130 after Ctrl-C.
+    the pipe, 1 after an error, 2 after a UsageError and 130 after Ctrl-C. SystemExit is passed on.
     """
     with robust_streams():
         try:
-            status = command(arguments)
-            sys.stdout.flush()
+            status = run_and_flush(command, arguments)
             return status or 0
         except KeyboardInterrupt:
             return 130
@@ -719,70 +882,125 @@ def run_command(
         except UsageError as error:
             complain(program, str(error))
             return 2
+        except ModuleNotFoundError as error:
+            complain(program, missing_package(error))
+            return 1
         except (ValueError, OSError, ImportError, MemoryError, OverflowError) as error:
             complain(program, str(error) or "out of memory")
             return 1
 
 
+def run_and_flush(command: Callable[[list[str]], int | None], arguments: list[str]) -> int | None:
+    """Run command(arguments). Raises OSError if its output, or that of --help, is not written."""
+    try:
+        status = command(arguments)
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return status
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """Return a message with the command that installs the package, if it is one that we need."""
+    package = (error.name or "").partition(".")[0]
+    if package not in PACKAGES:
+        return str(error)
+    return f"the package {package} is not installed; install it with: pip install {package}"
+
+
 def complain(program: str, message: str) -> None:
-    """Print one line on standard error. Does nothing if that cannot be written."""
+    """Print one line on standard error that begins with the program's name."""
+    note(f"{program}: {message}")
+
+
+def note(message: str) -> None:
+    """Print one line on standard error. Does nothing if that is closed or cannot be written."""
+    if sys.stderr is None:  # print would take None for standard output
+        return
     line = " ".join(message.splitlines())
-    with contextlib.suppress(OSError):
-        print(f"{program}: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def robust_streams() -> Iterator[None]:
     """Make a command work with standard streams that are closed or cannot encode a character.
 
-    A closed stream is replaced by an empty one; otherwise the next file that is opened would get
-    its descriptor, and messages would be written into that file.
+    A stream whose output cannot be written is led to the null device at the end. Otherwise, Python
+    would try again when it exits, and change the exit status.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        open_stream(name, mode)
         stream = getattr(sys, name)
-        if stream is None or stream.closed:
-            descriptor = os.open(os.devnull, os.O_RDWR)
-            stream = open(descriptor, mode, closefd=False)  # noqa: SIM115
-            setattr(sys, name, stream)
         if isinstance(stream, io.TextIOWrapper):  # not in a notebook, or if it is redirected
-            stream.reconfigure(errors="replace")
+            with contextlib.suppress(io.UnsupportedOperation):  # input that was read before
+                stream.reconfigure(errors="replace")
     try:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except OSError:  # the flush at exit would fail, too, and change the exit status
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            flush_or_discard(stream)
+
+
+def open_stream(name: str, mode: str) -> None:
+    """Replace a standard stream that is closed by the null device.
+
+    Otherwise the next file that is opened would get its descriptor, and messages would be written
+    into that file.
+    """
+    stream = getattr(sys, name)
+    if stream is None or getattr(stream, "closed", False):
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115
+
+
+def flush_or_discard(stream: TextIO) -> None:
+    """Write out what a stream holds, or lead it to the null device if that is impossible."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):  # ValueError: the command has closed it
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), stream.fileno())
 
 
 def read_text(path: str) -> str:
     """Read a UTF-8 text without its byte order mark. The path "-" means standard input.
 
-    Raises ValueError if the text is not UTF-8.
+    Raises ValueError if the text is not UTF-8, and OSError if it cannot be read.
     """
     name = "standard input" if path == "-" else path
-    if path != "-":
-        content = Path(path).read_bytes()
-    elif isinstance(sys.stdin, io.TextIOWrapper):
-        content = sys.stdin.buffer.read()
-    else:
-        content = sys.stdin.read().encode("utf-8", "surrogateescape")
+    content = read_standard_input() if path == "-" else Path(path).read_bytes()
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
+def read_standard_input() -> bytes:
+    """Read standard input, which may be closed (then it is empty) or replaced by a text."""
+    if sys.stdin is None:
+        return b""
+    if hasattr(sys.stdin, "buffer"):
+        return sys.stdin.buffer.read()
+    return sys.stdin.read().encode("utf-8", "surrogateescape")
+
+
 def progress_bar(*args, **kwargs):
     """Return a tqdm bar that is shown in a notebook and on a terminal, but not in a log file."""
-    if "ipykernel" in sys.modules:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # without ipywidgets, tqdm warns and shows plain text
-            from tqdm.auto import tqdm
-        is_shown = True
-    else:
+    if "ipykernel" not in sys.modules:
         from tqdm import tqdm
 
-        is_shown = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
-    return tqdm(*args, disable=not is_shown, **kwargs)
+        return tqdm(*args, disable=not is_terminal(sys.stderr), **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without ipywidgets, tqdm warns and shows plain text
+        from tqdm.auto import tqdm as notebook_tqdm
+    return notebook_tqdm(*args, **kwargs)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return whether a stream, which may be closed or of another kind, is a terminal."""
+    try:
+        return stream is not None and stream.isatty()
+    except (AttributeError, ValueError):
+        return False

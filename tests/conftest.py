@@ -2,7 +2,14 @@ import hashlib
 
 import numpy as np
 import pytest
-from helpers import DATA_DIR, gpt2_merges, write_model, write_vocabulary
+from helpers import (
+    DATA_DIR,
+    REAL_MODELS_DIR,
+    copy_model,
+    gpt2_merges,
+    write_model,
+    write_vocabulary,
+)
 
 PUBLISHED_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -12,7 +19,7 @@ PUBLISHED_SHA256 = {
 
 @pytest.fixture(scope="session")
 def real_vocabulary(tmp_path_factory):
-    """(models_dir, model_name) of a folder with GPT-2's encoder.json and vocab.bpe, as OpenAI published them."""
+    """(models_dir, model_name) of a folder with GPT-2's two vocabulary files, as published."""
     folder = tmp_path_factory.mktemp("vocabulary")
     write_vocabulary(folder / "gpt2", gpt2_merges())
     for name, sha256 in PUBLISHED_SHA256.items():
@@ -24,6 +31,22 @@ def real_vocabulary(tmp_path_factory):
 def small_model(tmp_path_factory):
     """The folder of a small random model in OpenAI's layout. Tests must not write to it."""
     return write_model(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="session")
+def models_dir(tmp_path_factory):
+    """A folder with a copy of the tiny model, so that no record is left in the repository."""
+    folder = tmp_path_factory.mktemp("models")
+    copy_model(REAL_MODELS_DIR / "tiny", folder / "tiny")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(models_dir):
+    """(encoder, hparams, params) of the tiny model."""
+    from utils import load_encoder_hparams_and_params
+
+    return load_encoder_hparams_and_params("tiny", models_dir)
 
 
 @pytest.fixture(scope="session")

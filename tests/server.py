@@ -9,28 +9,26 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 ALWAYS = 1000  # requests
-SO_RESET = struct.pack(
-    "ii", 1, 0
-)  # SO_LINGER: close() discards unsent bytes and resets the connection
+PIECE = 1 << 15  # bytes that are sent at a time
+SO_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() discards unsent bytes and resets
+DATE = "Wed, 06 Nov 2019 00:00:00 GMT"
 
 
 @dataclass
 class Fault:
-    """How an answer differs from the correct one, which is the requested file or the rest of it."""
+    """How an answer differs from the correct one, which is the requested file or its rest."""
 
     status: int | None = None  # answer with this status and without the file
-    headers: dict = field(
-        default_factory=dict
-    )  # {name: value, None to omit it, or function(request)}
-    change: object = None  # function(body) -> other body, which also changes Content-Length
+    headers: dict = field(default_factory=dict)  # name: value, function(request), None to omit it
+    change: Callable[[bytes], bytes] | None = None  # another body, with its own Content-Length
     silent: bool = False  # `then` comes before the status line
     sends: int | None = None  # bytes of the body; None: all
     then: str | None = None  # after that: "close", "reset" or "stall" the connection
-    chunked: bool = False
     ignores_range: bool = False
     ignores_if_range: bool = False
 
@@ -39,6 +37,7 @@ class Fault:
 class Request:
     """A request, and what was sent."""
 
+    size: str
     name: str
     headers: dict
     status: int | None = None
@@ -68,83 +67,63 @@ class Handler(BaseHTTPRequestHandler):
         """Print nothing."""
 
     def do_GET(self):
-        size, name = re.fullmatch(r"/base/([^/]+)/([^/]+)", self.path).groups()
-        request = Request(name, dict(self.headers))
-        fault = self.server.note(size, request)
+        size, name = self.path.removeprefix("/base/").split("/")
+        request = Request(size, name, dict(self.headers))
+        fault = self.server.note(request)
         self.server.gate.wait(60)
-        if fault.silent:
-            self.leave(fault)
-            return
-        whole = self.server.files[name]
-        headers = {
-            "ETag": '"' + hashlib.md5(whole).hexdigest() + '"',
-            "Last-Modified": "Wed, 06 Nov 2019 00:00:00 GMT",
-            "Content-Type": "application/octet-stream",
-        }
-        headers |= {
-            key: fault.headers[key] for key in ("ETag", "Last-Modified") if key in fault.headers
-        }
+        if not fault.silent:
+            self.answer(request, fault)
+        if fault.then:
+            self.leave(fault.then)
+
+    def answer(self, request, fault):
         if fault.status:
-            request.status, body, headers = (
-                fault.status,
-                b"an error's text",
-                {"Content-Type": "text/plain"},
-            )
+            request.status = fault.status
+            body = b"an error's text"
+            headers = {"Content-Type": "text/plain"}
         else:
-            request.status, body, ranged = self.part_of(whole, request, fault, headers)
-            headers |= ranged
+            request.status, body, headers = self.file_or_rest(request, fault)
         if fault.change:
             body = fault.change(body)
-        headers["Transfer-Encoding" if fault.chunked else "Content-Length"] = (
-            "chunked" if fault.chunked else len(body)
-        )
+        headers |= {"Content-Length": len(body)} | fault.headers
+        self.close_connection = headers["Content-Length"] is None
         self.send_response(request.status)
-        for key, value in (headers | fault.headers).items():
+        for key, value in headers.items():
             if value is not None:
                 self.send_header(key, str(value(request) if callable(value) else value))
         self.end_headers()
-        self.send(body[: fault.sends], request, fault)
+        self.send(body[: fault.sends], request)
 
-    def part_of(self, whole, request, fault, version):
-        """-> (status, body, headers) by RFC 9110, sections 13.1.5 and 14, with the MD5 headers that Azure sends."""
-        md5 = base64.b64encode(hashlib.md5(whole).digest()).decode()
-        asked = request.headers.get("If-Range")
-        matches = asked is None or (
-            not asked.startswith("W/")
-            and asked in (version.get("ETag"), version.get("Last-Modified"))
-        )
-        if request.start is None or fault.ignores_range or not (matches or fault.ignores_if_range):
-            return 200, whole, {"Content-MD5": md5}
-        if request.start >= len(whole):
-            return 416, b"", {"Content-Range": f"bytes */{len(whole)}"}
-        content_range = f"bytes {request.start}-{len(whole) - 1}/{len(whole)}"
-        return (
-            206,
-            whole[request.start :],
-            {"Content-Range": content_range, "x-ms-blob-content-md5": md5},
-        )
+    def file_or_rest(self, request, fault):
+        """-> (status, body, headers) by RFC 9110, sections 13.1.5 and 14, with Azure's MD5."""
+        whole = self.server.files[request.name]
+        start = request.start
+        md5 = hashlib.md5(whole)
+        stated_md5 = base64.b64encode(md5.digest()).decode()
+        headers = {"ETag": f'"{md5.hexdigest()}"', "Last-Modified": DATE}
+        headers |= {key: value for key, value in fault.headers.items() if key in headers}
+        if_range = request.headers.get("If-Range")
+        matches = if_range in (None, *headers.values()) or fault.ignores_if_range
+        headers["Content-Type"] = "application/octet-stream"
+        if start is None or fault.ignores_range or not matches:
+            return 200, whole, headers | {"Content-MD5": stated_md5}
+        if start >= len(whole):
+            return 416, b"", headers | {"Content-Range": f"bytes */{len(whole)}"}
+        headers["Content-Range"] = f"bytes {start}-{len(whole) - 1}/{len(whole)}"
+        return 206, whole[start:], headers | {"x-ms-blob-content-md5": stated_md5}
 
-    def send(self, body, request, fault):
-        for start in range(0, len(body), self.server.piece):
-            piece = body[start : start + self.server.piece]
-            request.sent += len(
-                piece
-            )  # first: tests may read it as soon as the client has the bytes
+    def send(self, body, request):
+        for start in range(0, len(body), PIECE):
+            piece = body[start : start + PIECE]
+            request.sent += len(piece)  # first: tests may read it when the client has the bytes
+            self.wfile.write(piece)
             self.server.count(len(piece))
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if fault.chunked else piece)
-            self.server.pause()
-        if fault.then:
-            self.leave(fault)
-        elif fault.chunked:
-            self.wfile.write(b"0\r\n\r\n")
-        elif fault.headers.get("Content-Length", 0) is None:
-            self.close_connection = True
 
-    def leave(self, fault):
+    def leave(self, then):
         self.close_connection = True
-        if fault.then == "stall":
+        if then == "stall":
             self.server.stopping.wait(60)
-        elif fault.then == "reset":
+        elif then == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, SO_RESET)
             self.connection.close()  # before the server does, which would close it properly
 
@@ -157,34 +136,36 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server_port}/base"
         self.files = files
-        self.requests, self.sizes, self.faults, self.connections = [], set(), {}, set()
-        self.piece, self.seconds_per_piece = 1 << 16, 0
-        self.sent, self.at_byte = (
-            0,
-            None,
-        )  # at_byte: (n, function), called once after n bytes in total
-        self.gate, self.stopping, self.lock = threading.Event(), threading.Event(), threading.Lock()
+        self.connections = set()
+        self.lock = threading.Lock()
+        self.stopping = threading.Event()
+        self.gate = threading.Event()  # while it is not set, answers are held back
         self.gate.set()
-
-    @property
-    def address(self):
-        return f"http://127.0.0.1:{self.server_port}/base"
-
-    def misbehave(self, name, *faults, times=1):
-        """Answer the next requests for name with one fault each, and `times` requests with the last fault."""
-        self.faults[name] = [*faults[:-1], *[faults[-1]] * times]
+        self.heal()
 
     def heal(self):
         """Forget the faults and the requests."""
-        self.faults, self.requests, self.sent, self.at_byte = {}, [], 0, None
+        self.faults = {}
+        self.requests = []
+        self.sent = 0
+        self.action = None
 
-    def asked(self, name=None):
-        return [request for request in self.requests if name in (None, request.name)]
+    def misbehave(self, name, *faults, times=1):
+        """Answer requests for name with one fault each, and `times` of them with the last one."""
+        self.faults[name] = [*faults[:-1], *[faults[-1]] * times]
 
-    def note(self, size, request):
+    def after(self, n_bytes, action):
+        """Call action() once when n_bytes are sent in total. Nothing is sent meanwhile."""
+        self.action_due = n_bytes
+        self.action = action
+
+    def asked(self, name):
+        return [request for request in self.requests if request.name == name]
+
+    def note(self, request):
         with self.lock:
-            self.sizes.add(size)
             self.requests.append(request)
             faults = self.faults.get(request.name)
             return faults.pop(0) if faults else Fault()
@@ -192,14 +173,9 @@ class Server(ThreadingHTTPServer):
     def count(self, n_bytes):
         with self.lock:
             self.sent += n_bytes
-
-    def pause(self):
-        with self.lock:
-            due = self.at_byte and self.sent >= self.at_byte[0]
-            action, self.at_byte = (self.at_byte[1], None) if due else (None, self.at_byte)
-        if action:
-            action()
-        time.sleep(self.seconds_per_piece)
+            if self.action and self.sent >= self.action_due:
+                self.action()
+                self.action = None
 
     def wait_for_nobody(self):
         """Return when all clients have disconnected, so that the list of requests is complete."""
@@ -207,9 +183,7 @@ class Server(ThreadingHTTPServer):
             time.sleep(0.01)
 
     def handle_error(self, request, client_address):
-        if not isinstance(
-            sys.exc_info()[1], OSError
-        ):  # OSError: the client was killed or has disconnected
+        if not isinstance(sys.exc_info()[1], OSError):  # OSError: the client has disconnected
             super().handle_error(request, client_address)
 
     def __enter__(self):

@@ -1,6 +1,7 @@
 """download_gpt2_files against a server with every kind of fault.
 
-Whatever happens, each file is intact or absent, any error is one clear line, and the next call fetches what is missing.
+Whatever happens, each file is intact or absent, any error is one clear line, and the next call
+downloads what is missing.
 """
 
 import errno
@@ -9,16 +10,14 @@ import gzip
 import hashlib
 import io
 import os
-import pty
 import random
 import re
+import resource
 import signal
 import socket
 import stat
-import struct
 import subprocess
 import sys
-import termios
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,8 @@ from types import SimpleNamespace
 import pytest
 import requests
 import urllib3
-from helpers import ROOT, read_terminal
-from server import ALWAYS, Fault, Server
+from helpers import ROOT
+from server import ALWAYS, DATE, Fault, Server
 
 import utils
 
@@ -44,9 +43,28 @@ SIZES = {
 DATA = "model.ckpt.data-00000-of-00001"
 N = SIZES[DATA]
 BEFORE_DATA = list(SIZES)[:3]
-REAL_CHUNK, SMALL_CHUNK = utils.CHUNK_BYTES, 4096  # small chunks for small files
-N_KILLS = 30
+REAL_CHUNK = utils.CHUNK_BYTES
+CHUNK = 4096  # small chunks for small files
 OLD_URLLIB3 = urllib3.__version__ < "2"  # it does not count the bytes of an answer
+
+# SIGINT is ignored in processes that a shell started in the background. The long timeouts are for
+# a busy machine.
+DOWNLOAD = (
+    sys.executable,
+    "-c",
+    "import signal, sys, utils; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    f"utils.TIMEOUT = (60, 60); utils.CHUNK_BYTES = {CHUNK}; "
+    "utils.download_gpt2_files('355M', sys.argv[1])",
+)
+
+
+def mostly_slow(cases, step):
+    """The same cases as parameters of a test, all but each step-th one marked as slow."""
+    marked = []
+    for i, case in enumerate(cases):
+        values = case if isinstance(case, tuple) else (case,)
+        marked.append(pytest.param(*values, marks=[pytest.mark.slow] if i % step else []))
+    return marked
 
 
 def random_files(seed=0, **sizes):
@@ -56,11 +74,11 @@ def random_files(seed=0, **sizes):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server with seven random files, which download_gpt2_files takes for OpenAI's. SHA-256 is not checked."""
+    """A server with seven random files in place of OpenAI's. SHA-256 is not checked."""
     with Server(random_files()) as server:
         monkeypatch.setenv("GPT2_BASE_URL", server.address)
         monkeypatch.setenv("GPT2_ALLOW_UNVERIFIED", "1")
-        monkeypatch.setattr(utils, "CHUNK_BYTES", SMALL_CHUNK)
+        monkeypatch.setattr(utils, "CHUNK_BYTES", CHUNK)
         yield server
 
 
@@ -68,8 +86,10 @@ def server(monkeypatch):
 def naps(monkeypatch):
     """The seconds of each sleep between requests, which these tests skip."""
     naps = []
+    clock = SimpleNamespace(sleep=naps.append, monotonic=time.monotonic, time=time.time)
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(utils, "time", SimpleNamespace(sleep=naps.append, monotonic=time.monotonic))
+    monkeypatch.setattr(utils, "time", clock)
+    monkeypatch.setattr("urllib3.util.retry.time", clock)
     return naps
 
 
@@ -83,55 +103,57 @@ def download(folder, model_size="355M"):
 
 
 def download_fails(folder, message, model_size="355M"):
-    """Expect an error of a documented class, in one line that matches `message` (a regular expression)."""
-    with pytest.raises((OSError, ValueError)) as caught:
-        download(folder, model_size)
+    """Expect an error of a documented class, in one line that matches a regular expression.
+
+    The line is not about an exception that the caller handles.
+    """
+    try:
+        raise KeyError("something else")
+    except KeyError:
+        with pytest.raises((OSError, ValueError)) as caught:
+            download(folder, model_size)
     assert not isinstance(caught.value, requests.RequestException)
     assert re.search(message, str(caught.value))
     assert "\n" not in str(caught.value)
     return caught.value
 
 
-def resume_points(kept):
-    """Where a request may resume. The last byte may be requested again, in case the partial file is complete."""
-    return kept, max(kept - 1, 0)
-
-
 def size_of(path):
     return path.stat().st_size if path.exists() else 0
+
+
+def is_resumed(request, kept):
+    """The last byte may be requested again, so that there always is a range to request."""
+    return (request.start or 0) in (kept, max(kept - 1, 0))
 
 
 def missing(folder):
     return [name for name in SIZES if not (folder / name).exists()]
 
 
-def check_intact(folder, files):
-    """Every file with its final name is complete."""
-    for name in set(SIZES) - set(missing(folder)):
+def check_complete(folder, files):
+    assert sorted(os.listdir(folder)) == sorted(SIZES)  # and nothing else
+    for name in SIZES:
         assert (folder / name).read_bytes() == files[name], name
 
 
-def check_complete(folder, files):
-    check_intact(folder, files)
-    assert sorted(os.listdir(folder)) == sorted(SIZES)  # and nothing else
-
-
 def check_completes(folder, server):
-    """When the server works again, each missing file takes one request, which resumes where the last one ended."""
-    check_intact(folder, server.files)
+    """Files that exist are intact. Each other one takes one request, which resumes a partial file.
+
+    A third download has nothing to do.
+    """
     expected = missing(folder)
-    kept = {
-        name: size_of(folder / f"{name}.part")
-        for name in SIZES
-        if size_of(folder / f"{name}.part.version")
-    }
+    kept = {}
+    for name in SIZES:
+        part = folder / f"{name}.part"
+        kept[name] = size_of(part) if size_of(folder / f"{name}.part.version") else 0
+        if name not in expected:
+            assert (folder / name).read_bytes() == server.files[name], name
     server.heal()
     download(folder)
     assert [request.name for request in server.requests] == expected
-    assert all(
-        (request.start or 0) in resume_points(kept.get(request.name, 0))
-        for request in server.requests
-    )
+    for request in server.requests:
+        assert is_resumed(request, kept[request.name])
     check_complete(folder, server.files)
     server.heal()
     download(folder)
@@ -144,7 +166,8 @@ def check_completes(folder, server):
 def test_missing_files_are_downloaded(server, folder):
     download(folder)
     assert [request.name for request in server.requests] == list(SIZES)
-    assert server.sizes == {"355M"}
+    assert {request.size for request in server.requests} == {"355M"}
+    assert {request.headers["Accept-Encoding"] for request in server.requests} == {"identity"}
     assert server.sent == sum(SIZES.values())
     check_complete(folder, server.files)
     for name in SIZES:
@@ -154,39 +177,34 @@ def test_missing_files_are_downloaded(server, folder):
 
 def test_existing_files_are_kept(server, folder):
     folder.mkdir()
-    (folder / "hparams.json").write_text("mine")
-    (folder / "notes.txt").write_text("also mine")
+    for name in ("hparams.json", "notes.txt"):
+        (folder / name).write_text("mine")
     download(folder)
-    assert (folder / "hparams.json").read_text() == "mine"
-    assert (folder / "notes.txt").read_text() == "also mine"
     assert server.asked("hparams.json") == []
+    for name in ("hparams.json", "notes.txt"):
+        assert (folder / name).read_text() == "mine"
 
 
-def test_a_trailing_slash_in_the_address(server, folder, monkeypatch):
-    monkeypatch.setenv("GPT2_BASE_URL", server.address + "/")
-    download(folder)
-    check_complete(folder, server.files)
-
-
-def test_an_empty_address_means_the_default(server, folder, monkeypatch):
+@pytest.mark.parametrize("address", ["", "http{}/", "HTTP{}"])
+def test_addresses(server, folder, monkeypatch, address):
+    """None means the default. A slash at the end and capitals make no difference."""
     monkeypatch.setattr(utils, "BASE_URL", server.address)
-    monkeypatch.setenv("GPT2_BASE_URL", "")
+    monkeypatch.setenv("GPT2_BASE_URL", address.format(server.address.removeprefix("http")))
     download(folder)
     check_complete(folder, server.files)
 
 
-def test_the_scheme_of_the_address_in_capitals(server, folder, monkeypatch):
-    monkeypatch.setenv("GPT2_BASE_URL", server.address.replace("http", "HTTP"))
-    download(folder)
-    check_complete(folder, server.files)
+UNUSABLE = (
+    "127.0.0.1:80|ftp://127.0.0.1/|file:///etc|http://|https:|http://[::1|http://host:port|"
+    "http://127.0.0.1:99999|http://.host|http://a host|http://" + 70 * "a" + ".example"
+)
 
 
-@pytest.mark.parametrize("parents", [[], ["new"]])
-def test_a_download_that_fails_at_once_leaves_no_empty_folder(server, tmp_path, parents):
-    folder = tmp_path.joinpath(*parents, "355M")
-    server.misbehave("checkpoint", Fault(404), times=ALWAYS)
-    download_fails(folder, "404")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("address", UNUSABLE.split("|"))
+def test_unusable_addresses_raise(server, folder, monkeypatch, address):
+    monkeypatch.setenv("GPT2_BASE_URL", address)
+    download_fails(folder, re.escape(address.rstrip("/").removeprefix("http://")))
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("model_size", ["", "124m", "345M", "../124M", "tiny"])
@@ -197,179 +215,183 @@ def test_unknown_sizes_raise(server, folder, model_size):
     assert server.requests == []
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        *(
-            "127.0.0.1:8080",
-            "ftp://127.0.0.1/",
-            "file:///etc",
-            "http://",
-            "https:",
-            "http://[::1",
-            "http://host:port",
-        ),
-        *("http://127.0.0.1:99999", "http://.host", "http://a host", f"http://{'a' * 70}.example"),
-    ],
-)
-def test_unusable_addresses_raise(server, folder, monkeypatch, address):
-    monkeypatch.setenv("GPT2_BASE_URL", address)
-    download_fails(folder, re.escape(address.rstrip("/").removeprefix("http://")))
-    assert missing(folder) == list(SIZES)
+@pytest.mark.parametrize("parents", ["", "new", "new/newer"])
+def test_a_download_that_fails_at_once_leaves_no_empty_folder(server, tmp_path, parents):
+    server.misbehave("checkpoint", Fault(404), times=ALWAYS)
+    download_fails(tmp_path / parents / "355M", "404")
+    assert list(tmp_path.iterdir()) == []
 
 
 # Faults of the server
-
-
-def cut(n_bytes=N // 2, then="close", **how):
-    return Fault(sends=n_bytes, then=then, **how)
-
-
-def other_bytes(body):
-    return body[:-1] + bytes([body[-1] ^ 1])
-
-
-OTHER_MD5 = "AAAAAAAAAAAAAAAAAAAAAA=="
-HTML = {"Content-Type": "text/html; charset=utf-8"}
-WEAK = {"ETag": 'W/"1"'}
-FIFTY = {"Content-Range": lambda request: f"bytes {request.start}-{request.start + 49}/{N}"}
-MORE = {"Content-Range": lambda request: f"bytes {request.start}-{N - 1}/{N + 9}"}
-NO_VERSION = {"ETag": None, "Last-Modified": None}
 
 
 @dataclass
 class Case:
     """What the server does when DATA is requested, and what must follow."""
 
-    faults: list  # of the first requests, one each
+    faults: tuple  # of the first requests, one each
     n_requests: int | None  # how often DATA is requested; None: not checked
-    error: str | None = None  # a pattern of the message; None: the download succeeds
-    times: int = ALWAYS  # how often the last fault occurs
+    error: str | None  # a pattern of the message; None: the download succeeds
+    times: int  # how often the last fault occurs
+    naps: list | None  # seconds of sleep; None: not checked
+    settings: dict  # other values of constants in utils
 
 
+def works(n_requests, *faults, times=1, naps=None, **settings):
+    return Case(faults, n_requests, None, times, naps, settings)
+
+
+def fails(n_requests, error, *faults, naps=None, **settings):
+    return Case(faults, n_requests, error, ALWAYS, naps, settings)
+
+
+def cut(n_bytes=N // 2, then="close", **headers):
+    return Fault(headers=headers, sends=n_bytes, then=then)
+
+
+def changed(change, **values):
+    return Fault(change=change, headers=headers(**values).headers)
+
+
+def headers(**values):
+    return Fault(headers={name.replace("_", "-"): value for name, value in values.items()})
+
+
+def other_bytes(body):
+    return body[:-1] + bytes([body[-1] ^ 1])
+
+
+def in_chunks(body):
+    return b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+
+
+def web_page(body):
+    return b"<html>log in"
+
+
+def fifty_bytes(request):
+    return f"bytes {request.start}-{request.start + 49}/{N}"
+
+
+def other_total(request):
+    return f"bytes {request.start}-{N - 1}/{N + 9}"
+
+
+HINT = "; --model_size tiny needs no network$"
+NO_HINT = "without response$"
+NO_VERSION = {"ETag": None, "Last-Modified": None}
+OTHER_MD5 = "AAAAAAAAAAAAAAAAAAAAAA=="
+SILENCE = Fault(silent=True, then="close")
+RESET = Fault(silent=True, then="reset")
+STALL = cut(then="stall")
+NO_BODY_STALL = cut(0, then="stall")
+OTHER_VERSION = Fault(headers={"ETag": '"other"'}, ignores_if_range=True)
+RETRY_AFTER = {  # its value: the seconds of waiting
+    **{"7": [7], "99999": [30], DATE.replace("2019", "2999"): [30]},
+    **{value: [] for value in ("0", "", "soon", DATE, "9" * 5000, DATE.replace("2", "99999"))},
+}
 FAULTS = {
-    "204": Case([Fault(204)], n_requests=1, error="HTTP status 204"),
-    "206-unasked": Case([Fault(206)], n_requests=1, error="HTTP status 206"),
-    "302-nowhere": Case([Fault(302)], n_requests=1, error="HTTP status 302"),
-    "302-loop": Case([Fault(302, {"Location": DATA})], n_requests=31, error="redirects"),
-    "302-ftp": Case([Fault(302, {"Location": "ftp://127.0.0.1/"})], n_requests=1, error="ftp"),
-    "302-bad-address": Case([Fault(302, {"Location": "http://[::1"})], n_requests=1, error=""),
-    "400": Case([Fault(400)], n_requests=1, error="HTTP status 400"),
-    "403": Case([Fault(403)], n_requests=1, error="HTTP status 403"),
-    "404": Case([Fault(404)], n_requests=1, error="HTTP status 404"),
-    "416": Case([Fault(416)], n_requests=1, error="HTTP status 416"),
-    "416-when-resuming": Case([cut(), Fault(416)], n_requests=3, times=1),
-    "416-for-ever": Case([cut(), Fault(416)], n_requests=3, error="HTTP status 416"),
-    "429": Case([Fault(429)], n_requests=2, times=1),
-    "500": Case([Fault(500)], n_requests=2, times=1),
-    "503-twice": Case([Fault(503)], n_requests=3, times=2),
-    "503-four-times": Case([Fault(503)], n_requests=5, times=4),
-    "503-for-ever": Case([Fault(503)], n_requests=5, error="HTTP status 503"),
-    "503-when-resuming": Case([cut(), Fault(503)], n_requests=6, times=4),
-    "no-answer-once": Case([Fault(silent=True, then="close")], n_requests=2, times=1),
-    "no-answer": Case([Fault(silent=True, then="close")], n_requests=5, error=""),
-    "reset-once": Case([Fault(silent=True, then="reset")], n_requests=2, times=1),
-    "reset": Case([Fault(silent=True, then="reset")], n_requests=5, error="reset"),
-    "no-body": Case([cut(0)], n_requests=5, error=f"of {N}|{N} more"),
-    "a-byte-short": Case([cut(N - 1)], n_requests=2, times=1),
-    "a-byte-short-in-its-length": Case(
-        [Fault(change=lambda body: body[:-1])], n_requests=1, error="md5"
+    **{
+        f"status {status}": fails(1, f"HTTP status {status}", Fault(status))
+        for status in (204, 206, 302, 400, 403, 404, 416)
+    },
+    "redirects in a circle": fails(31, "redirects", Fault(302, {"Location": DATA})),
+    "redirect to ftp": fails(1, "ftp", Fault(302, {"Location": "ftp://127.0.0.1/"})),
+    "redirect to a bad address": fails(1, "", Fault(302, {"Location": "http://[::1"})),
+    **{
+        f"Retry-After {value[:40]}": works(2, Fault(503, {"Retry-After": value}), naps=naps)
+        for value, naps in RETRY_AFTER.items()
+    },
+    "Retry-After and 429": works(2, Fault(429, {"Retry-After": "7"}), naps=[7]),
+    "500": works(2, Fault(500)),
+    "503 four times": works(5, Fault(503), times=4),
+    "503 for ever": fails(5, "HTTP status 503", Fault(503), naps=[1, 2, 4]),
+    "503 when resuming": works(6, cut(), Fault(503), times=4),
+    "416 when resuming": works(3, cut(), Fault(416)),
+    "416 when resuming and later": fails(3, "HTTP status 416", cut(), Fault(416)),
+    "no answer once": works(2, SILENCE),
+    "no answer": fails(5, HINT, SILENCE, naps=[0.5, 1, 2, 4]),
+    "no answer after PATIENCE": fails(1, HINT, SILENCE, PATIENCE=-1),
+    "no answer after PATIENCE, but bytes": fails(5, NO_HINT, cut(), SILENCE, PATIENCE=-1),
+    "stall": works(2, STALL, TIMEOUT=(10, 0.5)),
+    "stall without a body": fails(1, "timed out", NO_BODY_STALL, TIMEOUT=(10, 0.3), PATIENCE=0.2),
+    "reset once": works(2, RESET),
+    "reset": fails(5, "reset", RESET),
+    "503 and resets": works(8, *[Fault(503), RESET] * 3, Fault(503)),
+    "no body": fails(5, f"of {N}|{N} more", cut(0)),
+    "a byte short": works(2, cut(N - 1)),
+    "a byte short in its length": fails(1, "md5", changed(lambda body: body[:-1])),
+    "a byte long": works(1, changed(lambda body: body + b"!", Content_Length=N)),
+    "a byte long in its length": fails(1, "md5", changed(lambda body: body + b"!")),
+    "a byte more promised": fails(None, "", Fault(headers={"Content-Length": N + 1}, then="close")),
+    "few bytes each time": works(None, cut(N // 20), times=ALWAYS),
+    "other bytes": fails(1, "md5", changed(other_bytes)),
+    "other bytes when resuming": fails(2, "md5", cut(), changed(other_bytes)),
+    "other MD5": fails(1, "md5", headers(Content_MD5=OTHER_MD5)),
+    "other MD5 of Azure": fails(1, "md5", headers(x_ms_blob_content_md5=OTHER_MD5)),
+    "MD5 of the rest (RFC 2616, 14.15)": works(
+        2, cut(), headers(x_ms_blob_content_md5=None, Content_MD5=OTHER_MD5)
     ),
-    "a-byte-long": Case(
-        [Fault(change=lambda body: body + b"!", headers={"Content-Length": N})], n_requests=1
+    "no MD5": works(1, headers(Content_MD5=None)),
+    "not an MD5": fails(1, "", headers(Content_MD5="abc")),
+    "web page": fails(1, "web page", changed(web_page, Content_Type="text/html; charset=utf-8")),
+    "web page in capitals": fails(1, "web page", changed(web_page, Content_Type="TEXT/HTML")),
+    "gzip": fails(1, "compressed", changed(gzip.compress, Content_Encoding="gzip")),
+    "identity in capitals": works(1, headers(Content_Encoding="Identity")),
+    "chunks": fails(
+        1, "length", changed(in_chunks, Transfer_Encoding="chunked", Content_Length=None)
     ),
-    "a-byte-long-in-its-length": Case(
-        [Fault(change=lambda body: body + b"!")], n_requests=1, error="md5"
+    "chunks and a length": fails(
+        1, "length", changed(in_chunks, Transfer_Encoding="chunked", Content_Length=N)
     ),
-    "a-byte-more-promised": Case(
-        [Fault(headers={"Content-Length": N + 1}, then="close")], n_requests=None, error=""
+    "no length": fails(1, "state the length", headers(Content_Length=None)),
+    "not a length": fails(None, "", Fault(headers={"Content-Length": "long"}, then="close")),
+    "range ignored": works(2, cut(), Fault(ignores_range=True)),
+    "other range": works(3, cut(), headers(Content_Range=f"bytes 0-{N - 1}/{N}")),
+    "other short range": works(3, cut(), headers(Content_Range=f"bytes 0-9/{N}")),
+    "not a range": works(3, cut(), headers(Content_Range="all of it")),
+    "no range": works(3, cut(), headers(Content_Range=None)),
+    "other total": works(None, cut(), headers(Content_Range=other_total)),
+    "fifty bytes of the rest": works(
+        3, cut(), changed(lambda body: body[:50], Content_Range=fifty_bytes)
     ),
-    "other-bytes": Case([Fault(change=other_bytes)], n_requests=1, error="md5"),
-    "other-bytes-when-resuming": Case(
-        [cut(), Fault(change=other_bytes)], n_requests=2, error="md5"
-    ),
-    "other-md5": Case([Fault(headers={"Content-MD5": OTHER_MD5})], n_requests=1, error="md5"),
-    "other-md5-of-azure": Case(
-        [Fault(headers={"x-ms-blob-content-md5": OTHER_MD5})], n_requests=1, error="md5"
-    ),
-    "no-md5": Case([Fault(headers={"Content-MD5": None})], n_requests=1),
-    "not-an-md5": Case([Fault(headers={"Content-MD5": "abc"})], n_requests=1, error=""),
-    "web-page": Case(
-        [Fault(change=lambda body: b"<html>log in", headers=HTML)], n_requests=1, error="web page"
-    ),
-    "gzip": Case(
-        [Fault(change=gzip.compress, headers={"Content-Encoding": "gzip"})],
-        n_requests=1,
-        error="compressed",
-    ),
-    "web-page-in-capitals": Case(
-        [Fault(change=lambda body: b"<html>log in", headers={"Content-Type": "TEXT/HTML"})],
-        n_requests=1,
-        error="web page",
-    ),
-    "identity-in-capitals": Case([Fault(headers={"Content-Encoding": "Identity"})], n_requests=1),
-    "chunked": Case([Fault(chunked=True)], n_requests=1, error="state the length"),
-    "chunked-with-a-length": Case(
-        [Fault(chunked=True, headers={"Content-Length": N})], n_requests=1, error="length"
-    ),
-    "no-length": Case(
-        [Fault(headers={"Content-Length": None})], n_requests=1, error="state the length"
-    ),
-    "not-a-length": Case(
-        [Fault(headers={"Content-Length": "long"}, then="close")], n_requests=None, error=""
-    ),
-    "range-ignored": Case([cut(), Fault(ignores_range=True)], n_requests=2, times=1),
-    "other-range": Case(
-        [cut(), Fault(headers={"Content-Range": f"bytes 0-{N - 1}/{N}"})], n_requests=3, times=1
-    ),
-    "other-range-for-ever": Case(
-        [cut(), Fault(headers={"Content-Range": f"bytes 0-9/{N}"})], n_requests=3, times=1
-    ),
-    "not-a-range": Case(
-        [cut(), Fault(headers={"Content-Range": "all of it"})], n_requests=3, times=1
-    ),
-    "no-range": Case([cut(), Fault(headers={"Content-Range": None})], n_requests=3, times=1),
-    "other-total": Case([cut(), Fault(headers=MORE)], n_requests=None, times=1),
-    "little-of-the-rest": Case(
-        [cut(), Fault(change=lambda body: body[:50], headers=FIFTY)], n_requests=3, times=1
-    ),
-    "weak-etag": Case([cut(headers=WEAK), Fault(headers=WEAK)], n_requests=2, times=1),
-    "no-etag": Case(
-        [cut(headers={"ETag": None}), Fault(headers={"ETag": None})], n_requests=2, times=1
-    ),
-    "no-version": Case([cut(headers=NO_VERSION)], n_requests=2, times=1),
-    "no-version-for-ever": Case(
-        [cut(headers=NO_VERSION)], n_requests=6, error=f"of {N}|{N // 2} more"
-    ),
-    "other-version": Case(
-        [cut(), Fault(headers={"ETag": '"other"'}, ignores_if_range=True)], n_requests=3, times=1
-    ),
+    "weak ETag": works(2, cut(ETag='W/"1"'), headers(ETag='W/"1"')),
+    "no ETag": works(2, cut(ETag=None), headers(ETag=None)),
+    "no version": works(2, cut(**NO_VERSION)),
+    "no version for ever": fails(5, f"of {N}|{N // 2} more", cut(**NO_VERSION)),
+    "other version": works(3, cut(), OTHER_VERSION),
 }
 if OLD_URLLIB3:  # asked for the last byte again, the server announces and sends the right length
-    del FAULTS["a-byte-more-promised"]
+    del FAULTS["a byte more promised"]
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_faults_of_the_server(server, folder, naps, name):
+def test_faults_of_the_server(server, folder, naps, monkeypatch, name):
     case = FAULTS[name]
     server.misbehave(DATA, *case.faults, times=case.times)
-    if case.error is None:
-        download(folder)
-        check_complete(folder, server.files)
-    else:
-        error = download_fails(folder, rf"{DATA}.*{case.error}|{case.error}.*{DATA}")
-        assert isinstance(error, (ConnectionError, ValueError))
-        assert missing(folder) == [name for name in SIZES if name not in BEFORE_DATA]
+    with monkeypatch.context() as patch:
+        for setting, value in case.settings.items():
+            patch.setattr(utils, setting, value)
+        if case.error is None:
+            download(folder)
+            check_complete(folder, server.files)
+        else:
+            error = download_fails(folder, rf"{DATA}: .*{case.error}")
+            assert isinstance(error, ConnectionError)
+            assert missing(folder) == [name for name in SIZES if name not in BEFORE_DATA]
     n_requests = len(server.asked(DATA))
     assert case.n_requests in (n_requests, None)
     assert n_requests <= 31
-    assert len(naps) <= n_requests - 1  # no sleep without a retry
+    assert case.naps in (naps, None)
+    assert len(naps) < n_requests  # no sleep without a retry
     check_completes(folder, server)
 
 
-@pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize(
-    "fault", [Fault(404), cut(0), Fault(change=other_bytes), Fault(silent=True, then="reset")]
+    ("name", "fault"),
+    mostly_slow(
+        [(n, f) for n in SIZES for f in (Fault(404), cut(0), changed(other_bytes), RESET)], step=3
+    ),
 )
 def test_faults_for_any_file(server, folder, name, fault):
     server.misbehave(name, fault, times=ALWAYS)
@@ -377,26 +399,28 @@ def test_faults_for_any_file(server, folder, name, fault):
     check_completes(folder, server)
 
 
+# Resuming
+
+
 @pytest.mark.parametrize("then", ["close", "reset"])
 @pytest.mark.parametrize(
-    "offset", [0, 1, 17, 4095, 4096, 4097, 50_000, N // 2, 150_000, N - 4097, N - 2, N - 1]
+    "offset",
+    mostly_slow([0, 1, 4095, 17, 50_000, 4096, 4097, N // 2, N - 1, 150_000, N - 4097, N - 2], 2),
 )
 def test_resumes_where_the_connection_was_cut(server, folder, offset, then):
     server.misbehave(DATA, cut(offset, then))
     download(folder)
     first, second = server.asked(DATA)
     assert (first.start, first.status, first.sent) == (None, 200, offset)
-    kept = (
-        offset if OLD_URLLIB3 else offset // SMALL_CHUNK * SMALL_CHUNK
-    )  # only whole chunks are kept
+    kept = offset if OLD_URLLIB3 else offset // CHUNK * CHUNK  # only whole chunks are kept
     start = second.start or 0
-    assert (
-        start in resume_points(kept) if then == "close" else start <= kept
-    )  # a reset can lose bytes in transit
+    if then == "close":
+        assert is_resumed(second, kept)
+    assert start <= kept  # a reset can lose bytes in transit
     assert start + second.sent == N
     if start:
         assert second.status == 206
-        assert second.headers["If-Range"] == '"' + hashlib.md5(server.files[DATA]).hexdigest() + '"'
+        assert second.headers["If-Range"] == f'"{hashlib.md5(server.files[DATA]).hexdigest()}"'
     check_completes(folder, server)
 
 
@@ -410,121 +434,92 @@ def test_resumes_in_the_next_run(server, folder):
 
 
 def test_resumes_by_date(server, folder):
-    server.misbehave(DATA, cut(headers=WEAK), Fault(headers=WEAK))
+    server.misbehave(DATA, cut(ETag=None), headers(ETag=None))
     download(folder)
-    assert server.asked(DATA)[1].headers["If-Range"] == "Wed, 06 Nov 2019 00:00:00 GMT"
+    assert server.asked(DATA)[1].headers["If-Range"] == DATE
     assert server.asked(DATA)[1].status == 206
 
 
-def test_requests_uncompressed_bytes(server, folder):
-    download(folder)
-    assert {request.headers["Accept-Encoding"] for request in server.requests} == {"identity"}
-
-
-def test_any_number_of_interruptions_with_progress(server, folder):
-    server.misbehave(DATA, cut(N // 20), times=ALWAYS)
-    download(folder)
-    assert len(server.asked(DATA)) > 20
-    check_completes(folder, server)
-
-
-@pytest.mark.parametrize("then", ["stall", "reset"])
-def test_an_interruption_loses_little(server, folder, monkeypatch, then):
-    """With the real chunk size, an interruption loses at most one chunk."""
-    monkeypatch.setattr(utils, "CHUNK_BYTES", REAL_CHUNK)
-    monkeypatch.setattr(utils, "TIMEOUT", (10, 1))
-    server.files = random_files(**{DATA: 1_200_000})
-    server.seconds_per_piece = 0.002
-    server.misbehave(DATA, cut(1_000_000, then))
-    download(folder)
-    _, second = server.asked(DATA)
-    assert second.start is not None
-    assert second.start >= 1_000_000 - (1 << 18)
-    check_completes(folder, server)
-
-
-def test_a_connection_that_is_cut_after_every_250_000_bytes(server, folder, monkeypatch):
+def test_an_interruption_loses_little(server, folder, monkeypatch):
+    """With the real size of chunks, an interruption loses at most one chunk."""
     monkeypatch.setattr(utils, "CHUNK_BYTES", REAL_CHUNK)
     server.files = random_files(**{DATA: 1_200_000})
     server.misbehave(DATA, cut(250_000), times=ALWAYS)
     download(folder)
-    assert len(server.asked(DATA)) <= 6
+    starts = [request.start or 0 for request in server.asked(DATA)]
+    assert len(starts) <= 6
+    assert all(start >= 250_000 * i - REAL_CHUNK * i - i for i, start in enumerate(starts))
     check_completes(folder, server)
 
 
-@pytest.mark.parametrize("ignores_if_range", [False, True])
-@pytest.mark.parametrize("new_size", [N, N // 3, N + 999])
-def test_a_file_that_changed_on_the_server(server, folder, ignores_if_range, new_size):
-    """Parts of two versions are never joined."""
-    server.misbehave(DATA, cut(), Fault(404))
-    download_fails(folder, "404")
-    server.heal()
-    server.files = random_files(seed=1, **{DATA: new_size}) | {
-        name: server.files[name] for name in BEFORE_DATA
-    }
-    server.misbehave(DATA, Fault(ignores_if_range=ignores_if_range), times=ALWAYS)
-    download(folder)
-    check_complete(folder, server.files)
-    assert len(server.asked(DATA)) == 1 + ignores_if_range
-
-
-@pytest.mark.parametrize("extra", [0, 1, 5000])
-def test_a_partial_file_that_is_complete_or_too_long(server, folder, extra):
-    """The process was killed after the last byte but before the verification, or the partial file is another one."""
-    server.misbehave(DATA, cut(), Fault(404))
-    download_fails(folder, "404")
-    (folder / f"{DATA}.part").write_bytes(server.files[DATA] + bytes(extra))
-    server.heal()
-    download(folder)
-    check_complete(folder, server.files)
-    assert len(server.asked(DATA)) == (2 if extra else 1)
-    assert server.asked(DATA)[-1].sent == (N if extra else 1)
-
-
-@pytest.mark.parametrize("version", [None, ""])
-def test_a_partial_file_of_unknown_version(server, folder, version):
-    """A power cut may leave such files."""
-    folder.mkdir()
-    (folder / f"{DATA}.part").write_bytes(b"whatever")
-    if version is not None:
-        (folder / f"{DATA}.part.version").write_text(version)
-    server.misbehave(DATA, Fault(ignores_if_range=True), times=ALWAYS)
-    download(folder)
-    check_complete(folder, server.files)
-
-
-def test_killed_before_the_version_file_is_deleted(server, folder):
-    """A file got its final name, but the file with its version still exists."""
-    folder.mkdir()
-    (folder / "hparams.json").write_bytes(server.files["hparams.json"])
-    (folder / "hparams.json.part.version").write_text('"1"')
-    check_completes(folder, server)
-
-
-def test_md5_of_the_rest_is_not_taken_for_the_whole_file(server, folder):
-    """RFC 2616, 14.15: the Content-MD5 of a 206 is that of the bytes it contains."""
-    rest_md5 = {"x-ms-blob-content-md5": None, "Content-MD5": OTHER_MD5}
-    server.misbehave(DATA, cut(), Fault(headers=rest_md5))
-    download(folder)
-    check_completes(folder, server)
+THE_FILE = random_files()[DATA]
+OTHER_FILE = random.Random(1).randbytes(N + 999)
+THE_ETAG = f'"{hashlib.md5(THE_FILE).hexdigest()}"'
 
 
 @pytest.mark.parametrize(
-    ("retry_after", "expected"),
-    [("7", 7), ("0", 0.5), ("99999", 30), ("Wed, 06 Nov 2019 00:00:00 GMT", 0.5), ("", 0.5)],
+    ("part", "version", "n_requests", "sent"),
+    [
+        (THE_FILE, THE_ETAG, 1, 1),  # killed before the verification
+        (THE_FILE[: N // 2], THE_ETAG, 1, N - N // 2 + 1),
+        (THE_FILE + b"!", THE_ETAG, 2, N),
+        (THE_FILE + bytes(5000), THE_ETAG, 2, N),
+        (b"whatever", None, 1, N),  # a power cut may leave such files
+        (b"whatever", "", 1, N),
+        (b"", THE_ETAG, 1, N),
+        *((OTHER_FILE[:size], '"other"', 1, N) for size in (N // 2, N, N + 999)),
+    ],
 )
-@pytest.mark.parametrize("status", [429, 503])
-def test_waits_for_retry_after(server, folder, naps, status, retry_after, expected):
-    server.misbehave(DATA, Fault(status, {"Retry-After": retry_after}))
+@pytest.mark.parametrize("ignores_if_range", [False, True])
+def test_leftovers(server, folder, part, version, n_requests, sent, ignores_if_range):
+    """Parts of two versions are never joined, even if the server ignores If-Range."""
+    folder.mkdir()
+    (folder / "hparams.json").write_bytes(server.files["hparams.json"])
+    (folder / "hparams.json.part.version").write_text("killed before this file is deleted")
+    (folder / f"{DATA}.part").write_bytes(part)
+    if version is not None:
+        (folder / f"{DATA}.part.version").write_text(version)
+    server.misbehave(DATA, Fault(ignores_if_range=ignores_if_range), times=ALWAYS)
     download(folder)
-    assert naps == [expected]
-    check_completes(folder, server)
+    check_complete(folder, server.files)
+    asked = server.asked(DATA)
+    assert len(asked) == n_requests + (ignores_if_range and version == '"other"')
+    assert asked[-1].sent == sent
 
 
-def test_waits_double_with_each_retry(server, folder, naps):
-    server.misbehave(DATA, Fault(503), times=ALWAYS)
-    download_fails(folder, "503")
-    assert naps == [0.5, 1, 2, 4]
+# No answer
+
+FAST = {"TIMEOUT": (10, 0.3), "PATIENCE": 0.25}  # 30 times as fast as by default
+
+
+@pytest.mark.parametrize(
+    ("variable", "listens", "settings", "message", "n_naps"),
+    [
+        ("GPT2_BASE_URL", False, {}, "refused", 4),
+        ("http_proxy", False, {}, "the proxy: .*refused", 4),
+        ("GPT2_BASE_URL", True, FAST, "timed out", 0),
+        pytest.param("GPT2_BASE_URL", True, {}, "timed out", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_no_answer(server, folder, naps, monkeypatch, variable, listens, settings, message, n_naps):
+    """Nobody listens at the address, or the kernel accepts and nobody reads.
+
+    The user gets an error within about 10 seconds.
+    """
+    for setting, value in settings.items():
+        monkeypatch.setattr(utils, setting, value)
+    monkeypatch.setenv("no_proxy", "")
+    started = time.monotonic()
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        if listens:
+            bound.listen()
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{bound.getsockname()[1]}")
+        error = download_fails(folder, f"http://.*checkpoint: .*{message}.*{HINT}")
+    assert isinstance(error, ConnectionError)
+    assert len(naps) == n_naps
+    assert time.monotonic() - started < 25
+    assert server.requests == []
 
 
 # Redirects
@@ -543,127 +538,34 @@ def test_redirect_to_another_host(server, folder):
         assert server.sent < 10_000
 
 
-class RedirectingAdapter(requests.adapters.BaseAdapter):
-    """Stands for an https server that redirects every request."""
-
-    location = None
+class PlainAdapter(requests.adapters.HTTPAdapter):
+    """Speaks http with an https address, in place of a server with a certificate."""
 
     def send(self, request, **how):
-        response = requests.Response()
-        response.status_code, response.url, response.request = 302, request.url, request
-        response.headers["Location"] = self.location
-        response.raw = io.BytesIO()
-        return response
-
-    def close(self):
-        """It holds nothing open."""
+        request.url = request.url.replace("https", "http", 1)
+        return super().send(request, **how)
 
 
-@pytest.mark.parametrize("scheme", ["http", "HTTP"])
-def test_redirect_from_https_to_http_raises(server, folder, monkeypatch, scheme):
-    class Session(requests.Session):
-        def __init__(self):
-            super().__init__()
-            self.mount("https://", RedirectingAdapter())
+@pytest.mark.parametrize("scheme", ["https", "http", "HTTP"])
+def test_redirect_from_https_stays_https(server, folder, monkeypatch, scheme):
+    new_session = utils.new_session
 
-    monkeypatch.setattr(
-        RedirectingAdapter, "location", server.address.replace("http", scheme) + "/355M/checkpoint"
-    )
-    monkeypatch.setattr(requests, "Session", Session)
-    monkeypatch.setenv("GPT2_BASE_URL", "https://example.invalid/models")
-    error = download_fails(folder, "https://example.invalid/models/355M/checkpoint.*127.0.0.1")
-    assert isinstance(error, ConnectionError)
-    assert server.requests == []
-    assert missing(folder) == list(SIZES)
+    def plain_session(base_url):
+        session = new_session(base_url)
+        session.mount("https://", PlainAdapter())
+        return session
 
-
-# No answer
-
-
-def test_nothing_listens_at_the_address(folder, naps, monkeypatch):
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))  # but does not listen
-        monkeypatch.setenv("GPT2_BASE_URL", f"http://127.0.0.1:{bound.getsockname()[1]}")
-        error = download_fails(folder, "http://127.0.0.1.*checkpoint: .*refused")
-    assert isinstance(error, ConnectionError)
-    assert len(naps) == utils.RETRIES
-
-
-def test_never_answers(folder, naps, monkeypatch):
-    monkeypatch.setattr(utils, "TIMEOUT", (10, 0.3))
-    monkeypatch.setattr(utils, "PATIENCE", 0.5)
-    with socket.create_server(("127.0.0.1", 0)) as listening:  # the kernel accepts, nobody reads
-        monkeypatch.setenv("GPT2_BASE_URL", f"http://127.0.0.1:{listening.getsockname()[1]}")
-        started = time.monotonic()
-        error = download_fails(folder, "checkpoint: .*timed out")
-    assert isinstance(error, ConnectionError)
-    assert len(naps) == 1
-    assert 0.5 < time.monotonic() - started < 10
-
-
-@pytest.fixture
-def late(monkeypatch, naps):
-    """A clock on which more than PATIENCE passes with every look at it."""
-    clock = iter(range(0, 10**6, utils.PATIENCE + 1))
-    monkeypatch.setattr(
-        utils, "time", SimpleNamespace(sleep=naps.append, monotonic=lambda: next(clock))
-    )
-
-
-SILENCE = Fault(silent=True, then="close")
-HINT = "--model_size tiny needs no network$"
-
-
-def test_gives_up_a_server_that_never_answers_when_patience_ends(server, folder, late):
-    server.misbehave("checkpoint", SILENCE, times=ALWAYS)
-    download_fails(folder, HINT)
-    assert len(server.requests) == 1
-
-
-def test_retries_a_server_that_never_answers_while_patience_lasts(server, folder):
-    server.misbehave("checkpoint", SILENCE, times=ALWAYS)
-    download_fails(folder, HINT)
-    assert len(server.requests) == 1 + utils.RETRIES
-
-
-@pytest.mark.parametrize(
-    ("answer", "n_requests"), [(Fault(503), 5), (cut(), 6)], ids=["status", "bytes"]
-)
-def test_retries_a_server_that_has_answered_after_patience_ends(
-    server, folder, late, answer, n_requests
-):
-    """An error status is an answer and a failure. Bytes are an answer and progress."""
-    server.misbehave(DATA, answer, SILENCE, times=ALWAYS)
-    error = download_fails(folder, DATA)
-    assert not re.search(HINT, str(error))
-    assert len(server.asked(DATA)) == n_requests
-
-
-def test_resumes_after_a_stall(server, folder, monkeypatch):
-    monkeypatch.setattr(utils, "TIMEOUT", (10, 0.5))
-    server.misbehave(DATA, cut(then="stall"))
-    download(folder)
-    assert server.asked(DATA)[1].start > N // 2 - 5000
-    check_completes(folder, server)
-
-
-def test_gives_up_when_every_body_stalls(server, folder, monkeypatch):
-    monkeypatch.setattr(utils, "TIMEOUT", (10, 0.3))
-    monkeypatch.setattr(utils, "PATIENCE", 0.5)
-    server.misbehave(DATA, cut(0, then="stall"), times=ALWAYS)
-    download_fails(folder, f"{DATA}: .*timed out")
-    assert 2 <= len(server.asked(DATA)) <= 3
-    monkeypatch.setattr(utils, "TIMEOUT", (10, 10))
-    check_completes(folder, server)
-
-
-def test_error_message_while_handling_another_exception(server, folder):
-    """The message is about the download, not about the exception that the caller handles."""
-    server.misbehave(DATA, Fault(silent=True, then="reset"), times=ALWAYS)
-    try:
-        raise KeyError("something else")
-    except KeyError:
-        download_fails(folder, f"{DATA}: .*reset")
+    monkeypatch.setattr(utils, "new_session", plain_session)
+    monkeypatch.setenv("GPT2_BASE_URL", server.address.replace("http", "https"))
+    location = server.address.replace("http", scheme) + "/355M/vocab.bpe"
+    server.misbehave("checkpoint", Fault(302, {"Location": location}))
+    if scheme == "https":
+        download(folder)
+        assert (folder / "checkpoint").read_bytes() == server.files["vocab.bpe"]
+    else:
+        error = download_fails(folder, "https://.*/355M/checkpoint: .*http://127.0.0.1")
+        assert isinstance(error, ConnectionError)
+        assert len(server.requests) == 1
 
 
 # SHA-256
@@ -672,37 +574,29 @@ def test_error_message_while_handling_another_exception(server, folder):
 @pytest.fixture
 def verified(server, monkeypatch):
     """The server, with its files as the published ones: their SHA-256 are known."""
+    known = {name: hashlib.sha256(body).hexdigest() for name, body in server.files.items()}
     monkeypatch.delenv("GPT2_ALLOW_UNVERIFIED")
-    monkeypatch.setattr(
-        utils,
-        "FILES",
-        {name: hashlib.sha256(body).hexdigest() for name, body in server.files.items()},
-    )
+    monkeypatch.setattr(utils, "FILES", known)
     return server
 
 
 @pytest.mark.parametrize("value", [None, "", "0"])
-def test_sha256_is_checked_by_default(verified, folder, monkeypatch, value):
+@pytest.mark.parametrize("model_size", ["124M", "1558M"])
+def test_sha256_is_checked_by_default(verified, folder, monkeypatch, model_size, value, capfd):
+    """All SHA-256 are known for 124M, for other sizes only those of the shared vocabulary."""
     if value is not None:
         monkeypatch.setenv("GPT2_ALLOW_UNVERIFIED", value)
-    download(folder, "124M")
+    checked = SIZES if model_size == "124M" else ("encoder.json", "vocab.bpe")
+    for name, original in list(verified.files.items()):
+        verified.files[name] = other_bytes(original)
+        if name in checked:
+            download_fails(folder, f"{name}.*sha256", model_size)
+            assert name in missing(folder)
+            assert not list(folder.glob("*.part*"))
+            verified.files[name] = original
+    download(folder, model_size)
     check_complete(folder, verified.files)
-
-
-@pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("model_size", ["124M", "1558M"])
-def test_other_bytes_raise(verified, folder, model_size, name):
-    """All SHA-256 are known for 124M, for other sizes only those of the shared vocabulary."""
-    original = verified.files[name]
-    verified.files[name] = other_bytes(original)
-    if model_size != "124M" and name not in ("encoder.json", "vocab.bpe"):
-        download(folder, model_size)
-        return check_complete(folder, verified.files)
-    download_fails(folder, f"{name}.*sha256", model_size)
-    assert name in missing(folder)
-    assert not list(folder.glob("*.part*"))
-    verified.files[name] = original
-    check_completes(folder, verified)
+    assert capfd.readouterr() == ("", "")  # no progress bar without a terminal
 
 
 def test_published_sha256_of_the_vocabulary(server, folder, monkeypatch, real_vocabulary):
@@ -722,27 +616,15 @@ def test_unverified_downloads_give_a_warning(verified, folder, monkeypatch, capf
     check_complete(folder, verified.files)
 
 
-# Standard error
-
-
-def test_no_progress_bar_without_a_terminal(verified, folder, capfd):
+def test_progress_bars_end_at_100_percent(server, folder, monkeypatch):
+    shown = io.StringIO()
+    shown.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", shown)
+    server.misbehave("model.ckpt.meta", cut(20_000))  # its second bar continues the first one
     download(folder)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_progress_bars_end_at_100_percent(server, folder):
-    server.misbehave(
-        "model.ckpt.meta", cut(20_000)
-    )  # its second bar starts where the first one ended
-    leader, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # rows, columns
-    with subprocess.Popen([*DOWNLOAD, str(folder)], cwd=ROOT, stderr=terminal) as process:
-        os.close(terminal)
-        shown = read_terminal(leader)
-    assert process.returncode == 0
-    states = re.split(r"[\r\n]+", shown.decode())
+    bars = re.split(r"[\r\n]+", shown.getvalue())
     for name, size in SIZES.items():
-        last = [state for state in states if state.startswith(name)][-1]
+        last = [bar for bar in bars if bar.startswith(name)][-1]
         assert "100%" in last
         assert f"{size:,}".split(",")[0] in last
 
@@ -750,62 +632,18 @@ def test_progress_bars_end_at_100_percent(server, folder):
 # The disk
 
 
-class FullDisk:
-    """open() for files on a disk with `room` bytes left."""
-
-    def __init__(self, room):
-        self.room = room
-
-    def open(self, path, mode="r", **how):
-        if mode not in ("w", "ab"):
-            return open(path, mode, **how)
-        disk = self
-
-        class File(io.FileIO):
-            def write(self, data):
-                if not disk.room:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                written = super().write(bytes(data)[: disk.room])
-                disk.room -= written
-                return written
-
-        file = io.BufferedWriter(File(path, mode.removesuffix("b")))
-        return file if mode == "ab" else io.TextIOWrapper(file, **how)
-
-
-@pytest.mark.parametrize("room", [0, 10, 40, 100, 101_234, 150_000, sum(SIZES.values()) // 2])
-def test_full_disk(server, folder, monkeypatch, room):
-    with monkeypatch.context() as patch:
-        patch.setattr(utils, "open", FullDisk(room).open, raising=False)
-        error = download_fails(folder, r"No space left on device: .*/355M/.*\.part")
-    assert error.errno == errno.ENOSPC
-    assert sum(path.stat().st_size for path in folder.iterdir()) <= room
-    assert room < 100 or list(folder.glob("*.part"))  # the bytes that arrived are kept
-    check_completes(folder, server)
-
-
-def test_full_tmpfs(server, folder):
-    folder.mkdir()
-
-    def mount(*options):
-        try:
-            return (
-                subprocess.run(["mount", *options, str(folder)], capture_output=True).returncode
-                == 0
-            )
-        except FileNotFoundError:
-            return False
-
-    if not mount("-t", "tmpfs", "-o", "size=128k", "tmpfs"):
-        pytest.skip("needs permission to mount a tmpfs")
+@pytest.mark.parametrize("room", [0, 10, 40, 80, 25_000, 101_234, 150_000])
+def test_a_file_that_cannot_grow(server, folder, room):
+    """The kernel's limit for the size of a file acts like a full disk: it writes what fits."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
-        error = download_fails(folder, r"No space left on device: .*/355M/.*\.part")
-        assert error.errno == errno.ENOSPC
-        assert list(folder.glob("*.part"))
-        assert mount("-o", "remount,size=2m")
-        check_completes(folder, server)
+        error = download_fails(folder, r"File too large: .*/355M/.*\.part")
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.errno == errno.EFBIG
+    assert room < 80 or [part.stat().st_size for part in folder.glob("*.part")] == [room]
+    check_completes(folder, server)
 
 
 def test_a_file_in_place_of_the_folder(server, folder):
@@ -836,6 +674,9 @@ def test_file_permissions_follow_the_umask(server, folder, umask, expected):
     assert {stat.S_IMODE((folder / name).stat().st_mode) for name in SIZES} == {expected}
 
 
+# The lock
+
+
 @pytest.mark.parametrize("error_number", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_folder_that_cannot_be_locked(server, folder, monkeypatch, error_number):
     """Some network file systems have no locks. The download works without one."""
@@ -847,40 +688,65 @@ def test_a_folder_that_cannot_be_locked(server, folder, monkeypatch, error_numbe
     check_completes(folder, server)
 
 
+@pytest.mark.parametrize("function", [(os, "makedirs"), (os, "open"), (fcntl, "flock")])
+@pytest.mark.parametrize("times", [1, 3, ALWAYS])
+def test_a_folder_that_another_process_removes(server, tmp_path, monkeypatch, function, times):
+    """A process whose download failed removes the folders between any two steps of this one."""
+    folder = tmp_path / "models" / "355M"
+    original = getattr(*function)
+    n_removed = 0
+
+    def remove_before(*args, **how):
+        nonlocal n_removed
+        if n_removed < times and folder.is_dir():
+            n_removed += 1
+            folder.rmdir()
+            folder.parent.rmdir()
+        return original(*args, **how)
+
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(*function, remove_before)
+    if times == ALWAYS and function != (os, "makedirs"):
+        download_fails(folder, "No such file or directory: .*355M")
+    else:
+        download(folder)
+        check_complete(folder, server.files)
+    assert n_removed
+
+
 # Processes
 
-# SIGINT is ignored in processes that a shell started in the background. The long timeouts are for a busy machine.
-DOWNLOAD = (
-    sys.executable,
-    "-c",
-    "import signal, sys, utils; signal.signal(signal.SIGINT, signal.default_int_handler); utils.TIMEOUT = (60, 60); "
-    f"utils.CHUNK_BYTES = {SMALL_CHUNK}; utils.download_gpt2_files('355M', sys.argv[1])",
-)
 
-
-@pytest.mark.parametrize("nth", range(N_KILLS))
+@pytest.mark.parametrize("nth", mostly_slow(range(30), 5))
 def test_killed(server, folder, nth):
     """SIGINT and SIGKILL in turn, at points spread over the whole download."""
     server.files = random_files(seed=nth, **{DATA: 3_000_000, "model.ckpt.meta": 500_000})
-    server.piece, server.seconds_per_piece = 1 << 15, 0.003
     how = (signal.SIGINT, signal.SIGKILL)[nth % 2]
-    point = sum(map(len, server.files.values())) * nth // N_KILLS + 1
     server.gate.clear()
     with subprocess.Popen([*DOWNLOAD, str(folder)], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        server.at_byte = point, lambda: process.send_signal(how)
+
+        def kill():
+            process.send_signal(how)
+            process.wait()
+
+        server.after(sum(map(len, server.files.values())) * nth // 30 + 1, kill)
         server.gate.set()
     server.wait_for_nobody()
     assert process.returncode == -how
     for path in folder.glob("*.part"):
         assert server.files[path.stem].startswith(path.read_bytes())
-    server.seconds_per_piece = 0
     assert missing(folder)
     check_completes(folder, server)
 
 
-@pytest.mark.parametrize("n_processes", [2, 8])
-def test_processes_wait_for_each_other(server, folder, n_processes, tmp_path):
-    """One process downloads. The server holds its answer back until all others wait for the lock."""
+@pytest.mark.parametrize(("n_processes", "n_fail"), mostly_slow([(3, 1), (2, 0), (8, 0)], 3))
+def test_processes_wait_for_each_other(server, folder, n_processes, n_fail, tmp_path):
+    """The server holds its answer back until all processes but one wait for the lock.
+
+    If that one fails and removes the folder, the next one downloads.
+    """
+    if n_fail:
+        server.misbehave("checkpoint", Fault(404))
     server.gate.clear()
     logs = [tmp_path / f"{i}.log" for i in range(n_processes)]
     processes = []
@@ -889,15 +755,12 @@ def test_processes_wait_for_each_other(server, folder, n_processes, tmp_path):
             with log.open("w") as file:
                 processes.append(subprocess.Popen([*DOWNLOAD, str(folder)], cwd=ROOT, stderr=file))
         deadline = time.monotonic() + 50
-        while (
-            sum("waiting" in log.read_text() for log in logs) < n_processes - 1
-            and time.monotonic() < deadline
-        ):
+        while sum("waiting" in log.read_text() for log in logs) < n_processes - 1:
+            assert time.monotonic() < deadline
             time.sleep(0.02)
     finally:
         server.gate.set()
-        exit_codes = [process.wait() for process in processes]
-    assert sum("waiting" in log.read_text() for log in logs) == n_processes - 1
-    assert exit_codes == [0] * n_processes
-    assert [request.name for request in server.requests] == list(SIZES)
+        exit_codes = sorted(process.wait() for process in processes)
+    assert exit_codes == [0] * (n_processes - n_fail) + [1] * n_fail
+    assert [request.name for request in server.requests] == ["checkpoint"] * n_fail + list(SIZES)
     check_complete(folder, server.files)

@@ -1,11 +1,17 @@
 """The trained model in models/tiny, from its files to its text, and the script that trained it."""
 
 import concurrent.futures
+import itertools
 import math
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,50 +21,69 @@ from helpers import (
     TINY_PROMPT,
     assert_close,
     assert_equal_to_tensorflow,
-    copy_model,
     held_out_text,
     tiktoken_encoding,
 )
 
 import gpt2
 import utils
+from encoder import WORD
+from examples import train
 
 TINY = REAL_MODELS_DIR / "tiny"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def models_dir(tmp_path_factory):
-    """A copy, so that the tests leave no record in the repository."""
-    return copy_model(TINY, tmp_path_factory.mktemp("models") / "tiny").parent
-
-
-@pytest.fixture(scope="module")
-def tiny(models_dir):
-    return utils.load_encoder_hparams_and_params("tiny", str(models_dir))
 
 
 def test_the_seven_files_are_small():
     assert sum((TINY / name).stat().st_size for name in utils.FILES) <= 6_000_000
 
 
+def test_git_ignores_the_record_and_downloads_but_not_the_tiny_model():
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs the git repository")
+    paths = ["models/tiny/model.ckpt.verified.json", "models/124M", "models/tiny/vocab.bpe"]
+    command = ["git", "check-ignore", *paths]
+    ignored = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert ignored.split() == paths[:2]
+
+
 def test_parameters_match_tensorflow(tiny, models_dir):
-    assert_equal_to_tensorflow(models_dir / "tiny" / "model.ckpt", tiny[2])
+    assert_equal_to_tensorflow(f"{models_dir}/tiny/model.ckpt", tiny[2])
+
+
+def test_ids_match_tiktoken(tiny):
+    tiktokens = tiktoken_encoding(REAL_MODELS_DIR, "tiny")
+    for text in ("ROMEO:\nBut, soft! what light?", " naïve 😀\n\n  x1", "\ud800 '"):
+        assert tiny[0].encode(text) == tiktokens.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("sizes", [[6], [1, 3, 2], [2, 1, 1, 2]])
+def test_logits_match_transformers(tiny, reference, sizes):
+    _, hparams, params = tiny
+    cache = gpt2.KVCache(params, hparams["n_head"], batch=(2,))
+    parts = []
+    for ids in np.split(np.array([TINY_PROMPT] * 2), np.cumsum(sizes)[:-1], axis=1):
+        parts.append(gpt2.gpt2(ids, **params, n_head=hparams["n_head"], cache=cache))
+    assert_close(np.concatenate(parts, axis=1)[1], reference["tiny/logits"])
 
 
 def test_greedy_ids_match_transformers(tiny, reference):
     encoder, hparams, params = tiny
-    assert encoder.encode("ROMEO:\nWhat light") == TINY_PROMPT
     greedy = reference["tiny/greedy"].tolist()
+    assert encoder.encode("ROMEO:\nWhat light") == TINY_PROMPT
     assert gpt2.generate(TINY_PROMPT, params, hparams["n_head"], 100) == greedy
     assert list(gpt2.stream(TINY_PROMPT, params, hparams["n_head"], 100)) == greedy
-    assert gpt2.generate(TINY_PROMPT, params, hparams["n_head"], 100, n_samples=2) == [
-        greedy,
-        greedy,
-    ]
-    assert_close(
-        gpt2.gpt2(TINY_PROMPT, **params, n_head=hparams["n_head"]), reference["tiny/logits"]
-    )
+    samples = gpt2.generate(TINY_PROMPT, params, hparams["n_head"], 100, n_samples=2)
+    assert samples == [greedy, greedy]
+
+
+def test_the_command_prints_the_text_of_transformers_ids(models_dir, reference):
+    command = [sys.executable, "gpt2.py", "ROMEO:\nWhat light", "100", "tiny", models_dir]
+    environment = {**os.environ, "GPT2_BASE_URL": "http://127.0.0.1:9"}  # no network
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment, timeout=120)
+    tiktokens = tiktoken_encoding(REAL_MODELS_DIR, "tiny")
+    text = tiktokens.decode_bytes(reference["tiny/greedy"].tolist())
+    assert result.stdout == text + b"\n"
+    assert (result.returncode, result.stderr) == (0, b"")
 
 
 def test_log_probs_of_a_long_text_match_transformers(tiny, reference):
@@ -69,100 +94,34 @@ def test_log_probs_of_a_long_text_match_transformers(tiny, reference):
     np.testing.assert_allclose(result, reference["tiny/long_log_probs"], rtol=0, atol=1e-3)
 
 
-def test_eight_threads_give_the_same_as_one(tiny, monkeypatch):
+def test_eight_threads_give_the_same_as_one(tiny):
     encoder, hparams, params = tiny
-    monkeypatch.setattr(
-        "encoder._CACHE_WORDS", 3
-    )  # the threads often empty the cache that others use
 
     def write(i):
         ids = encoder.encode(f"KING RICHARD {i}:\nMy lord, {'what say you? ' * i}")
-        options = {"temperature": i / 4, "seed": i, "n_samples": i if i > 4 else None}
-        written = gpt2.generate(ids, params, hparams["n_head"], 40, **options)
-        return ids, written, [encoder.decode(row) for row in (written if i > 4 else [written])]
+        options = {"temperature": i / 4, "seed": i, "n_samples": 2}
+        rows = gpt2.generate(ids, params, hparams["n_head"], 40, **options)
+        return ids, rows, [encoder.decode(row) for row in rows]
 
     alone = [write(i) for i in range(8)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(write, [*range(8)] * 4))
-    assert together == alone * 4
+        assert list(pool.map(write, [*range(8)] * 3)) == alone * 3
 
 
 def test_sampled_text_has_lines_and_common_words(tiny):
     encoder, hparams, params = tiny
-    ids = gpt2.generate(
-        encoder.encode("ROMEO:"), params, hparams["n_head"], 200, temperature=0.8, seed=1
-    )
+    ids = encoder.encode("ROMEO:")
+    ids = gpt2.generate(ids, params, hparams["n_head"], 200, temperature=0.8, seed=1)
     text = encoder.decode(ids)
     words = re.findall(r"[a-z]+", text.lower())
-    common = {
-        "the",
-        "and",
-        "to",
-        "of",
-        "i",
-        "you",
-        "my",
-        "that",
-        "a",
-        "is",
-        "in",
-        "not",
-        "me",
-        "it",
-        "with",
-        "for",
-    }
+    common = re.findall(r"\w+", "the and to of i you my that a is in not me it with for")
     assert len(words) > 50
     assert sum(word in common for word in words) > len(words) / 6
     assert text.count("\n") > 5
 
 
-def test_the_command_prints_the_text_of_the_ids(tiny, models_dir):
-    encoder, hparams, params = tiny
-    command = [
-        sys.executable,
-        str(ROOT / "gpt2.py"),
-        "ROMEO:",
-        "--model_size",
-        "tiny",
-        "--models_dir",
-        str(models_dir),
-    ]
-    environment = {**os.environ, "GPT2_BASE_URL": "http://127.0.0.1:9"}  # no network
-    result = subprocess.run(command, capture_output=True, env=environment, timeout=120)
-    ids = gpt2.generate(encoder.encode("ROMEO:"), params, hparams["n_head"], 40)
-    assert result.stdout == encoder.decode(ids).encode() + b"\n"
-    assert (result.returncode, result.stderr) == (0, b"")
-
-
-def test_cache_chunks_and_batches_give_the_same_logits(tiny):
-    encoder, hparams, params = tiny
-    n_head = hparams["n_head"]
-    ids = encoder.encode(
-        "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n"
-    )
-    whole = gpt2.gpt2(ids, **params, n_head=n_head)
-    cache = gpt2.KVCache(params, n_head)
-    pieces = [
-        gpt2.gpt2(ids[i : i + 7], **params, n_head=n_head, cache=cache)
-        for i in range(0, len(ids), 7)
-    ]
-    assert_close(np.concatenate(pieces), whole)
-    assert_close(gpt2.gpt2([ids, ids[::-1]], **params, n_head=n_head)[0], whole)
-
-
-def test_ids_match_tiktoken(tiny):
-    tiktokens = tiktoken_encoding(REAL_MODELS_DIR, "tiny")
-    for text in (
-        "ROMEO:\nBut, soft! what light through yonder window breaks?",
-        " naïve 😀\n\n  x1",
-        "\ud800 '",
-    ):
-        assert tiny[0].encode(text) == tiktokens.encode_ordinary(text)
-
-
 def held_out_loss(ids, params, hparams):
-    """-log p in nats of all ids but the first, in windows of n_ctx + 1 ids as examples/train.py defines them."""
+    """-log p in nats of all ids but the first, in windows as examples/train.py defines them."""
     n_ctx = hparams["n_ctx"]
     windows = [ids[i : i + n_ctx + 1] for i in range(0, len(ids) - 1, n_ctx)]
     return -sum(
@@ -172,63 +131,168 @@ def held_out_loss(ids, params, hparams):
 
 def test_held_out_loss_is_the_one_in_the_readme(tiny):
     encoder, hparams, params = tiny
+    readmes = [ROOT / "README.md", ROOT / "examples" / "README.md"]
+    readme = "".join(path.read_text(encoding="utf-8") for path in readmes if path.exists())
+    figures = re.search(r"(\d\.\d+) nats.*?(\d\.\d+) bits.*?(\d\.\d+) bits", readme, re.S)
+    stated, bits, ngram = map(float, figures.groups())
     ids = encoder.encode(held_out_text())
-    nats, n_bytes = held_out_loss(ids, params, hparams), len(encoder.decode_bytes(ids[1:]))
-    stated, bits, ngram = map(
-        float, re.search(r"(\d\.\d+) nats.*?(\d\.\d+) bits.*?(\d\.\d+) bits", README, re.S).groups()
-    )
+    nats = held_out_loss(ids, params, hparams)
+    n_bytes = len(encoder.decode_bytes(ids[1:]))
     assert nats / (len(ids) - 1) == pytest.approx(stated, abs=1e-3)
     assert nats / math.log(2) / n_bytes == pytest.approx(bits, abs=1e-3)
     assert bits < ngram
 
 
-def test_a_failed_download_names_the_tiny_model(monkeypatch, tmp_path):
-    monkeypatch.setenv("GPT2_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(utils, "BACKOFF", 0.01)
-    with pytest.raises(ConnectionError, match="--model_size tiny needs no network$"):
-        utils.load_encoder_hparams_and_params("124M", str(tmp_path))
+# examples/train.py
+
+TEXT = "the cat and the hat sat on the mat; then the rat ran in, and the cat ran too.\n" * 200
+SIZES = {"n_vocab": 280, "n_ctx": 16, "n_embd": 16, "n_head": 2, "n_layer": 1}
+OPTIONS = [f"--{name}={value}" for name, value in SIZES.items()] + ["--batch=2", "--steps=16"]
 
 
-def test_git_ignores_the_record():
-    if not (ROOT / ".git").exists():
-        pytest.skip("needs the git repository")
-    command = ["git", "check-ignore", "models/tiny/model.ckpt.verified.json", "models/124M"]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True).stdout.count(b"\n") == 2
-    assert (
-        subprocess.run(
-            ["git", "check-ignore", "models/tiny/vocab.bpe"], cwd=ROOT, capture_output=True
-        ).returncode
-        == 1
-    )
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "my.txt"
+    path.write_text("\ufeff" + TEXT, encoding="utf-8")  # the byte order mark is dropped
+    return str(path)
 
 
-def train(*arguments):
-    command = [sys.executable, "-m", "examples.train", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+def run(*arguments):
+    return utils.run_command("train.py", train.command, [str(word) for word in arguments])
 
 
-def test_the_training_script(tmp_path):
-    text = (
-        "the cat and the hat sat on the mat; then the rat ran in, and the cat ran after it.\n" * 200
-    )
-    (tmp_path / "my.txt").write_text(text)
-    sizes = {
-        "n_vocab": 280,
-        "n_ctx": 16,
-        "n_embd": 16,
-        "n_head": 2,
-        "n_layer": 2,
-        "steps": 5,
-        "batch": 4,
-    }
-    options = [f"--{name}={value}" for name, value in sizes.items()]
-    result = train(tmp_path / "my.txt", tmp_path / "mine", *options)
+def assert_model(folder, loss):
+    """The folder holds a model with this held-out loss, in nats per token."""
+    encoder, hparams, params = utils.load_encoder_hparams_and_params(folder.name, folder.parent)
+    assert hparams == SIZES
+    ids = encoder.encode(TEXT[TEXT.rfind("\n", 0, int(len(TEXT) * 0.9)) + 1 :])
+    assert held_out_loss(ids, params, hparams) / (len(ids) - 1) == pytest.approx(loss, abs=1e-3)
+
+
+def at_batch(monkeypatch, number, action):
+    """Call action when the training asks for this window (it uses two for each step)."""
+    random_windows = train.random_windows
+
+    def windows(*args):
+        for i, window in enumerate(random_windows(*args)):
+            if i == number:
+                action()
+            yield window
+
+    monkeypatch.setattr(train, "random_windows", windows)
+
+
+def test_training_as_a_file_in_another_folder(text_file, tmp_path):
+    command = [sys.executable, ROOT / "examples" / "train.py", "my.txt", "new/mine", *OPTIONS]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    stated = float(re.search(r"held-out loss +(\S+) nats", result.stdout)[1])
-    encoder, hparams, params = utils.load_encoder_hparams_and_params("mine", str(tmp_path))
-    assert hparams == {name: sizes[name] for name in hparams}
-    ids = encoder.encode(text[text.rfind("\n", 0, int(len(text) * 0.9)) + 1 :])
-    assert held_out_loss(ids, params, hparams) / (len(ids) - 1) == pytest.approx(stated, abs=1e-3)
-    again = train(tmp_path / "my.txt", tmp_path / "mine")
-    assert again.returncode == 1
-    assert "already exists" in again.stderr
+    losses = re.findall(r"step (\d+): (\S+) nats per token, saved in new/mine\n", result.stdout)
+    assert [int(step) for step, _ in losses] == list(range(2, 17, 2))
+    stated = re.search(r"^held-out loss +(\S+) nats per token$", result.stdout, re.M)[1]
+    assert stated == losses[-1][1]
+    assert float(stated) < float(losses[0][1])
+    assert os.listdir(tmp_path / "new") == ["mine"]
+    assert sorted(os.listdir(tmp_path / "new" / "mine")) == sorted(utils.FILES)
+    assert_model(tmp_path / "new" / "mine", float(stated))
+
+
+def test_merges_are_the_most_frequent_pairs():
+    """Against a count of all pairs before each merge."""
+    words = [train.byte_symbols(word) for word in WORD.findall(held_out_text()[:3000])]
+    for merged in train.train_bpe(held_out_text()[:3000], 60):
+        pairs = Counter(pair for word in words for pair in itertools.pairwise(word))
+        assert merged == min(pairs, key=lambda pair: (-pairs[pair], pair))
+        words = [train.merge(word, merged) for word in words]
+
+
+@pytest.mark.parametrize(
+    ("option", "status", "message"),
+    [
+        ("--seed=-1", 2, "--seed must be from 0 to 4294967295, got -1"),
+        ("--seed=4294967296", 2, "--seed must be from 0 to 4294967295, got 4294967296"),
+        ("--n_vocab=256", 2, "--n_vocab must be at least 257, .* got 256"),
+        ("--n_layer=0", 2, "--n_layer must be at least 1, got 0"),
+        ("--n_ctx=1000001", 2, "--n_ctx must be at most 1000000, got 1000001"),
+        ("--n_head=3", 2, "--n_embd must be a multiple of --n_head 3, got 16"),
+        ("--learning_rate=nan", 2, "--learning_rate must be a number above 0, got nan"),
+        ("--weight_decay=inf", 2, "--weight_decay must be a number, 0 or more, got inf"),
+        ("--held_out=1", 2, "--held_out must be above 0 and below 1, got 1.0"),
+        ("--steps=few", 2, "argument --steps: invalid int value: 'few'.*--help"),
+        ("--model_size=tiny", 2, "unrecognized arguments: --model_size=tiny.*--help"),
+        ("--n_vocab=1024", 1, r"the text is too small.*--n_vocab can be at most \d+"),
+        ("--n_ctx=10000", 1, "the text is too small for --n_ctx 10000: .* tokens to train on"),
+    ],
+)
+def test_bad_options(option, status, message, text_file, tmp_path, capfd):
+    assert run(text_file, tmp_path / "mine", *OPTIONS, option) == status
+    error = capfd.readouterr().err
+    assert re.match(f"train.py: {message}", error)
+    assert error.count("\n") == 1
+    assert not (tmp_path / "mine").exists()
+
+
+def test_what_is_found_before_the_work(text_file, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(train, "train_bpe", lambda *_: pytest.fail("the work has begun"))
+    (tmp_path / "latin1.txt").write_bytes(b"na\xefve")
+    target = tmp_path / "mine"
+    cases = {
+        (text_file, tmp_path): "already exists; name another folder",
+        (text_file, f"{text_file}/mine"): f"cannot create a folder in {text_file}: ",
+        (tmp_path / "none", target): "No such file",
+        (tmp_path / "latin1.txt", target): "latin1.txt is not UTF-8",
+    }
+    for arguments, message in cases.items():
+        assert run(*arguments) == 1
+        assert message in capfd.readouterr().err
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    assert run(text_file, target) == 1
+    assert re.fullmatch("train.py: training needs Tens.* pip install .*\n", capfd.readouterr().err)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(("window", "step"), [(0, 0), (2, 1), (8, 4)])
+def test_ctrl_c_saves_the_model(window, step, text_file, tmp_path, capfd, monkeypatch):
+    at_batch(monkeypatch, window, lambda: signal.raise_signal(signal.SIGINT))
+    target = tmp_path / "mine"
+    assert run(text_file, target, *OPTIONS) == 130
+    error = capfd.readouterr().err
+    if step == 0:
+        assert error == "train.py: stopped; nothing is saved\n"
+        assert os.listdir(tmp_path) == ["my.txt"]
+    else:
+        start = f"train.py: stopped; {target} holds the model of step {step}, held-out loss "
+        assert error.startswith(start)
+        assert_model(target, float(error.removeprefix(start).removesuffix(" nats per token\n")))
+
+
+def test_a_failed_replacement_leaves_the_old_model(text_file, tmp_path, capfd, monkeypatch):
+    """Ctrl-C comes between the two renames of the second save."""
+    rename = Path.rename
+    names = []
+
+    def interrupted(path, target):
+        names.append(path.name)
+        if names == ["new", "mine", "new"]:
+            raise KeyboardInterrupt
+        if names[3:] == ["old"]:
+            assert not os.path.exists(target)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    assert run(text_file, tmp_path / "mine", *OPTIONS) == 130
+    assert names == ["new", "mine", "new", "old", "mine", "new"]
+    assert_model(tmp_path / "mine", float(re.search(r"loss (\S+)", capfd.readouterr().err)[1]))
+    assert sorted(os.listdir(tmp_path)) == ["mine", "my.txt"]
+
+
+def test_a_model_that_cannot_be_saved_is_not_lost(text_file, tmp_path, capfd, monkeypatch):
+    """The folder is removed during the training."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    at_batch(monkeypatch, 9, lambda: shutil.rmtree(tmp_path / "new"))
+    assert run(text_file, tmp_path / "new" / "mine", *OPTIONS) == 1
+    output, error = capfd.readouterr()
+    assert output.count(", saved in") == 2
+    assert output.count(", not saved: ") == 6
+    rescue, loss = re.search(r"; it is in (\S+), held-out loss (\S+) nats", error).groups()
+    assert error.count("\n") == 1
+    assert_model(Path(rescue), float(loss))
