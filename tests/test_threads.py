@@ -1,6 +1,6 @@
-"""The threads of a prompt: who computes, what BLAS is set to, forks, errors and Ctrl-C, the same results.
+"""The threads of a prompt: how many, what BLAS is set to, forks, errors and Ctrl-C, the results.
 
-The oracle is the model in float64. Watcher is an activation function, so it sees the threads from inside.
+The oracle is the model in float64. Watcher is an activation, so it sees the threads from inside.
 """
 
 import ctypes
@@ -55,7 +55,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def exact(params):
-    """The logits of the first 129 ids. As the model is causal, they hold for each shorter prompt."""
+    """The logits of the first 129 ids. The first n rows are those of a prompt of n ids."""
     return float64_gpt2(IDS[:129], params, N_HEAD)
 
 
@@ -180,7 +180,7 @@ def test_a_call_with_few_ids_leaves_everything_to_blas(params):
 
 
 def call_at_once(params, n_callers, context=gpt2.own_threads):
-    """The logits of prompts of several lengths, from as many threads, all inside the context at once."""
+    """The logits of prompts of several lengths, from as many threads, inside the context at once."""
     barrier = threading.Barrier(n_callers)
 
     def call(n):
@@ -309,11 +309,11 @@ def test_an_asynchronous_exception_in_a_thread_of_the_user(params):
         ident = ctypes.c_ulong(threading.get_ident())
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(KeyboardInterrupt))
 
-    with ThreadPoolExecutor(1) as pool:
-        with gpt2.one_blas_thread():  # of another caller, who stays inside
-            call = pool.submit(logits_of, 129, watched(params, Watcher(then=stop)))
-            assert isinstance(call.exception(30), KeyboardInterrupt)
-            assert set(blas_threads()) == {1}
+    # Another caller stays inside.
+    with ThreadPoolExecutor(1) as pool, gpt2.one_blas_thread():
+        call = pool.submit(logits_of, 129, watched(params, Watcher(then=stop)))
+        assert isinstance(call.exception(30), KeyboardInterrupt)
+        assert set(blas_threads()) == {1}
 
 
 # Whole programs
