@@ -180,7 +180,7 @@ def test_a_call_with_few_ids_leaves_everything_to_blas(params):
 
 
 def call_at_once(params, n_callers, context=gpt2.own_threads):
-    """The logits of prompts of several lengths, from as many threads, inside the context at once."""
+    """The logits of prompts of several lengths, each in a thread that is inside the context."""
     barrier = threading.Barrier(n_callers)
 
     def call(n):
