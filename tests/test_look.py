@@ -682,9 +682,10 @@ SCREENS = [
     for width, height in ((1200, 1000), (390, 844))
     for scheme in ("light", "dark")
 ]
+# Whether page and text can be scrolled sideways, and what reaches into the right margin.
 OUTSIDE = """
 const { clientWidth } = document.documentElement, pane = document.getElementById("pane");
-const isOutside = (element) => element.getBoundingClientRect().right > clientWidth - 10;  // a margin
+const isOutside = (element) => element.getBoundingClientRect().right > clientWidth - 10; 
 return [document.documentElement.scrollWidth > clientWidth, pane.scrollWidth > pane.clientWidth,
   [...document.querySelectorAll("body *")].filter(isOutside).map((element) => element.outerHTML)]
 """
