@@ -15,6 +15,7 @@ import contextlib
 import difflib
 import functools
 import inspect
+import itertools
 import math
 import os
 import re
@@ -273,9 +274,10 @@ def final_states(
         kv = None if cache is None else cache.kv[layer][..., :n_kv, :]
         is_last = layer == len(blocks) - 1  # the layers before it need all positions
         x = transformer_block(x, **block, n_head=n_head, kv=kv, n_out=n_out if is_last else None)
+    x = layer_norm(x, **ln_f)
     if cache is not None:
-        cache.n_past = n_kv
-    return layer_norm(x, **ln_f)
+        cache.n_past = n_kv  # at the end: after an error, the cache is as it was
+    return x
 
 
 # The activations of GPT-2's relatives, which a Hugging Face folder may ask for
@@ -389,7 +391,7 @@ def for_blocks(function: Callable[[int, int], None], n: int, size: int) -> None:
                     return
                 function(start, min(start + size, n))
 
-    pool = thread_pool(os.getpid())
+    pool = thread_pool(os.getpid(), 1000)  # an upper limit, for all callers together
     helpers = [pool.submit(work) for _ in range(min(n_threads, len(starts)) - 1)]
     try:
         work()
@@ -401,11 +403,11 @@ def for_blocks(function: Callable[[int, int], None], n: int, size: int) -> None:
 
 
 @functools.cache
-def thread_pool(process: int) -> Any:
-    """The threads of a process, which start when they are needed. A forked process has none yet."""
+def thread_pool(process: int, n_threads: int) -> Any:
+    """Threads of a process, which start when they are needed. A forked process has none yet."""
     from concurrent.futures import ThreadPoolExecutor
 
-    return ThreadPoolExecutor(1000)  # an upper limit, for all callers together
+    return ThreadPoolExecutor(n_threads)
 
 
 class _Blas:
@@ -419,28 +421,39 @@ class _Blas:
 
     def add(self, user: object) -> None:
         with self.lock:
-            controller = blas_controller()
-            if controller and not self.users:
-                self.n_threads = min(each["num_threads"] for each in controller.info())
-                self.limiter = controller.limit(limits=1)
             self.users.add(user)
+            self.call(self.limit)
 
     def remove(self, user: object) -> None:
         with self.lock:
             self.users.discard(user)
-            if self.limiter and not self.users:
-                self.limiter.restore_original_limits()
-                self.limiter = None
+            self.call(self.restore)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call a function in one and the same thread: threadpoolctl obeys no other thread then."""
+        thread_pool(os.getpid(), 1).submit(function).result()
+
+    def limit(self) -> None:
+        if self.limiter is None and blas_controller():
+            self.n_threads = min(each["num_threads"] for each in blas_controller().info())
+            self.limiter = blas_controller().limit(limits=1)
+
+    def restore(self) -> None:
+        if self.limiter is not None and not self.users:
+            self.limiter.restore_original_limits()
+            self.limiter = None
 
 
 @functools.cache
 def blas_controller() -> Any:
-    """What sets BLAS's number of threads, or nothing if threadpoolctl or such a BLAS is missing."""
+    """What sets BLAS's number of threads for the whole process, or None if that is impossible."""
     try:
         import threadpoolctl
     except ImportError:
         return None
-    return threadpoolctl.ThreadpoolController().select(user_api="blas")
+    controller = threadpoolctl.ThreadpoolController().select(user_api="blas")
+    layers = {library.get("threading_layer") for library in controller.info()}
+    return None if not layers or "openmp" in layers else controller  # OpenMP: for each thread
 
 
 class _ThisThread(threading.local):
@@ -487,8 +500,8 @@ def one_blas_thread() -> contextlib.AbstractContextManager:
 def _forget_threads() -> None:
     """Start anew in a forked process, which has none of the other threads."""
     global _blas
-    if _blas.limiter:
-        _blas.limiter.restore_original_limits()
+    _blas.users.clear()
+    _blas.restore()
     _blas = _Blas()
 
 
@@ -501,7 +514,11 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 def check_ids(ids: Any, n_vocab: int, max_ndim: int = 32) -> Array:
     """Return token ids of any integer type as an int64 array. Raises TypeError or ValueError."""
-    ids = np.asarray(list(ids) if isinstance(ids, Iterator) else ids)
+    if isinstance(ids, Iterator):
+        ids = list(ids)
+    if isinstance(ids, list):  # NumPy would make uint64 and int float64
+        ids = [int(token_id) if isinstance(token_id, np.integer) else token_id for token_id in ids]
+    ids = np.asarray(ids)
     if ids.size == 0:
         raise ValueError("expected at least one token id, got none")
     if ids.dtype.kind not in "iu" or not 1 <= ids.ndim <= max_ndim:
@@ -617,13 +634,13 @@ def _sample(logits: Any, rng: np.random.Generator, options: Sampling) -> int:
     return int(np.searchsorted(cumulative, drawn, side="right"))
 
 
-@np.errstate(over="ignore", under="ignore")  # a low temperature may turn unlikely tokens into -inf
+@np.errstate(all="ignore")  # at extreme temperatures, unlikely tokens become -inf or NaN
 def _token_probs(logits: Any, options: Sampling) -> Array:
     logits = np.asarray(logits, np.float32)
     largest = logits.max()
     _check_largest(largest)
     scaled = (logits - largest) / max(options.temperature, 1e-30)
-    scaled[logits == -np.inf] = -np.inf  # at an infinite temperature, -inf / inf is NaN
+    scaled[np.isnan(scaled)] = -np.inf  # it was -inf / inf
     if 0 < options.top_k < len(logits):
         least = np.partition(logits, -options.top_k)[-options.top_k]
         scaled[logits < least] = -np.inf
@@ -706,7 +723,8 @@ def stream(
 
     With n_samples, it is an iterator over lists of ids, with None for each sample that has ended.
     """
-    n_vocab = len(params["wte"])
+    n_vocab, n_embd = params["wte"].shape
+    check_n_head(n_head, n_embd)
     n_steps = whole_number("n_tokens_to_generate", n_tokens_to_generate, 0)
     options = check_sampling(temperature, top_k, top_p)
     if seed is not None:
@@ -727,10 +745,12 @@ def check_stop_ids(stop_id: Any, n_vocab: int) -> list[int]:
     """Return the ids that end a text as a list. stop_id: None, an id or a collection of ids."""
     if stop_id is None:
         return []
-    if isinstance(stop_id, Iterable):
-        stop_id = list(stop_id)
-        return check_ids(stop_id, n_vocab).tolist() if stop_id else []
-    return check_ids([stop_id], n_vocab).tolist()
+    if isinstance(stop_id, str | bytes):
+        raise TypeError(f"stop_id must be a token id or several, got {stop_id!r}")
+    stop_ids = list(stop_id) if isinstance(stop_id, Iterable) else [stop_id]
+    if not stop_ids:
+        return []
+    return check_ids(stop_ids, n_vocab, max_ndim=1).tolist()
 
 
 def _stream_rows(
@@ -966,7 +986,8 @@ def check_options(options: dict[str, Any]) -> None:
     )
     if options.get("seed") is not None:
         whole_number("seed", options["seed"], 0)
-    whole_number("n_samples", options.get("n_samples", 1), 1, 100_000)
+    if options.get("n_samples") is not None:
+        whole_number("n_samples", options["n_samples"], 1, 100_000)
     check_stop(options.get("stop"))
 
 
@@ -997,7 +1018,7 @@ PROMPT                       the text, in quotes. Without it, or as -, it is rea
                              probabilities
 --top_k 0                    draw from only the k most likely tokens; 0 means all
 --top_p 1.0                  draw from the smallest set of most likely tokens with this total
-                             probability
+                             probability, such as 0.9
 --seed                       random seed: the same seed gives the same text
 --n_samples 1                the number of continuations. They are all equal at temperature 0, where
                              top_k, top_p and seed have no effect
@@ -1005,108 +1026,146 @@ PROMPT                       the text, in quotes. Without it, or as -, it is rea
                              backslash. Give it several times to stop before any of several texts
 --special_tokens             read the names of special tokens in the prompt, such as <|endoftext|>,
                              as these tokens; otherwise they are ordinary text
---interactive                ask for prompts, one per line
+--interactive                ask for prompts, one per line; PROMPT, if it is given, is the first
 --help                       show this help"""
 
 POSITIONAL = ("prompt", "n_tokens_to_generate", "model_size", "models_dir")
-SWITCHES = ("--interactive", "--special_tokens", "--special-tokens")  # they have no value
+SWITCHES = ("interactive", "special_tokens")  # options without a value
 OTHER_NAMES = {  # what other programs call our options
-    "model": "model_size",
-    "model_name": "model_size",
-    "model_dir": "models_dir",
-    "temp": "temperature",
+    "text": "prompt",
+    "input": "prompt",
+    "start": "prompt",
     "length": "n_tokens_to_generate",
     "max_length": "n_tokens_to_generate",
     "max_tokens": "n_tokens_to_generate",
     "max_new_tokens": "n_tokens_to_generate",
+    "num_tokens": "n_tokens_to_generate",
+    "n_tokens": "n_tokens_to_generate",
     "n_predict": "n_tokens_to_generate",
+    "model": "model_size",
+    "model_name": "model_size",
+    "model_name_or_path": "model_size",
+    "model_dir": "models_dir",
+    "temp": "temperature",
+    "k": "top_k",
+    "nucleus": "top_p",
+    "random_seed": "seed",
     "num_samples": "n_samples",
     "nsamples": "n_samples",
     "num_return_sequences": "n_samples",
-    "random_seed": "seed",
+    "stop_token": "stop",
     "stop_sequence": "stop",
-    "text": "prompt",
+    "reverse_prompt": "stop",
+    "chat": "interactive",
 }
 QUOTES = "put the prompt in quotes"
 
 
-def parse_arguments(words: list[str]) -> dict[str, Any]:
-    """Sort the words of the command line with fire -> {option of `main` or switch: its text}.
+class Arguments(NamedTuple):
+    """The options of `main` and the switches that were given, as text. `stop` is a list."""
 
-    The prompt may be missing. Raises UsageError.
-    """
+    named: dict[str, Any]
+    positional: dict[str, str]
+
+
+def parse_arguments(words: list[str]) -> Arguments:
+    """Sort the words of the command line with fire. Raises UsageError."""
     import fire
 
-    from utils import UsageError
-
     texts: list[str] = []
-    named: dict[str, str] = {}
+    named: dict[str, Any] = {}
 
     @fire.decorators.SetParseFn(str)  # fire would turn the prompt 1984 into a number
     def sort(*args, **kwargs):
         texts.extend(args)
         named.update(kwargs)
 
-    if "--" in words:
-        raise UsageError("a -- is not allowed here; --help lists the options")
-    # fire keeps only the last value of an option, so each --stop gets a name of its own.
-    words = [re.sub("^--stop(?==|$)", f"--stop{i}", word) for i, word in enumerate(words)]
+    words = with_full_names(words)
     fire.Fire(sort, [*words, "--", "--separator=\0"])  # the default separator, -, is a prompt here
-    for name, value in named.items():
-        if value == "True" and not any(word.endswith("True") for word in words):
-            raise UsageError(
-                f"--{name} needs a value, or is not an option; --help lists the options"
-            )
-    options = read_names(named)
-    return options | read_texts(texts, [name for name in POSITIONAL if name not in options])
+    stops = [named.pop(name) for name in list(named) if name.startswith("stop")]
+    if stops:
+        named["stop"] = [unescape(decoded(stop)) for stop in stops]
+    free_names = [name for name in POSITIONAL if name not in named]
+    return Arguments(named, name_texts(texts, free_names))
 
 
-def read_names(named: dict[str, str]) -> dict[str, Any]:
-    """Find the option that each name means. Raises UsageError for an unknown name."""
-    options: dict[str, Any] = {}
-    stops = []
-    for typed, value in named.items():
-        name = option_name(re.sub(r"^stop\d+$", "stop", typed))
-        options[name] = value
-        if name == "stop":
-            stops.append(unescape(value))
-            options[name] = stops
-    return options
-
-
-def read_texts(texts: list[str], names: list[str]) -> dict[str, str]:
-    """Give the texts without a name the free names, in order. Raises UsageError."""
+def with_full_names(words: list[str]) -> list[str]:
+    """Complete the names of options: ["-p", "a"] becomes ["--prompt", "a"]. Raises UsageError."""
     from utils import UsageError
 
-    quotes = "put the prompt in quotes; without them, "
-    if len(texts) > len(names):
-        raise UsageError(f"{quotes}{texts[len(names)]!r} is one word too many")
-    options = dict(zip(names, texts, strict=False))
-    n_tokens = options.get("n_tokens_to_generate", "0")
-    if not n_tokens.lstrip("-").isdecimal():
-        raise UsageError(f"{quotes}{n_tokens!r} is the number of tokens to generate")
-    return options
+    result: list[str] = []
+    for word, next_word in itertools.pairwise([*words, "--"]):
+        if is_option(word):
+            typed, equals, value = word.partition("=")
+            name = option_name(typed)
+            if name in SWITCHES:
+                if equals:
+                    raise UsageError(f"{typed} takes no value")
+                equals = "=True"  # or fire would take the next word as its value
+            if not equals and is_option(next_word):
+                raise UsageError(
+                    f"{typed} needs a value; write {typed}=-x if it starts with a dash"
+                )
+            if name == "stop":  # fire keeps only the last value of each name
+                name = f"stop{len(result)}"
+            word = f"--{name}{equals}{value}"
+        result.append(word)
+    return result
+
+
+def is_option(word: str) -> bool:
+    """Return whether fire takes a word for an option. A dash or a negative number is none."""
+    return re.match("--|-[a-zA-Z]", word) is not None
 
 
 def option_name(typed: str) -> str:
-    """Return the option that a typed name means. Raises UsageError if there is none."""
+    """Return the option that a word such as --top-k or -p means. Raises UsageError if none."""
     from utils import UsageError
 
     known = [*inspect.signature(main).parameters, "interactive"]
-    if typed in known:
-        return typed
-    if len(typed) == 1:
-        possible = [name for name in known if name.startswith(typed)]
-        if len(possible) == 1:
-            return possible[0]
-        if possible:
-            names = " or ".join(f"--{name}" for name in possible)
-            raise UsageError(f"-{typed} is ambiguous: it can mean {names}")
-    meant = OTHER_NAMES.get(typed)
-    for name in difflib.get_close_matches(typed, known, 1):
-        meant = meant or name
-    hint = f"did you mean --{meant}?" if meant else "--help lists the options"
-    raise UsageError(f"there is no option --{typed}; {hint}")
+    name = typed.lstrip("-").replace("-", "_")
+    if name in known:
+        return name
+    possible = [option for option in known if option[0] == name]
+    if len(possible) == 1:
+        return possible[0]
+    if possible:
+        names = [f"--{option}" for option in possible]
+        raise UsageError(
+            f"{typed} is ambiguous: it can mean {', '.join(names[:-1])} or {names[-1]}"
+        )
+    hint = "--help lists the options"
+    meanings = OTHER_NAMES | {option: option for option in known}
+    for similar in difflib.get_close_matches(name, meanings, 1):
+        hint = f"did you mean --{meanings[similar]}?"
+    if " " in typed:
+        hint = 'write --prompt="-x" for a prompt that starts with a dash'
+    raise UsageError(f"there is no option {typed}; {hint}")
+
+
+def name_texts(texts: list[str], names: list[str]) -> dict[str, str]:
+    """Give the names to the texts that have none, in order. Raises UsageError."""
+    from utils import UsageError
+
+    if len(texts) > len(names):
+        raise UsageError(f"{QUOTES}; {texts[len(names)]!r} is one word too many")
+    options = dict(zip(names, texts, strict=False))
+    number = options.get("n_tokens_to_generate", "0")
+    if not number.lstrip("-").isdecimal():
+        raise UsageError(
+            f"{QUOTES}; {number!r} is taken for n_tokens_to_generate, which must be a whole number"
+        )
+    return options
+
+
+def decoded(word: str) -> str:
+    """Return a word of the command line as UTF-8 has it, whatever the locale. Raises UsageError."""
+    from utils import UsageError
+
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeError as error:
+        raise UsageError(f"an argument is not UTF-8: {error}") from None
 
 
 def unescape(text: str) -> str:
@@ -1115,77 +1174,51 @@ def unescape(text: str) -> str:
     return re.sub(r"\\([nt\\])", lambda match: characters[match[1]], text)
 
 
-def show(pieces: Iterable[str]) -> None:
-    """Print pieces of text as they come, then a newline."""
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print(flush=True)
-
-
-def answer_prompts(first_prompt: str | None, model: tuple, options: dict[str, Any]) -> int:
-    """Continue each input line -> exit status: 1 if a prompt from a pipe failed, else 0."""
-    from utils import complain
-
-    with contextlib.suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401  gives input() line editing and a history
-    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    status = 0
-    if at_terminal:
-        note = "Each line is a prompt of its own. Ctrl-C stops an answer, Ctrl-D exits."
-        print(note, file=sys.stderr)
-    prompt = first_prompt
-    while True:
-        try:
-            if prompt:
-                show(continuation(prompt, model, **options))
-            prompt = input("> " if at_terminal else "").removesuffix("\r")
-        except EOFError:
-            if at_terminal:
-                print()
-            return status
-        except KeyboardInterrupt:
-            prompt = None
-            print()
-        except ValueError as error:
-            prompt = None
-            complain("gpt2.py", str(error))
-            if not at_terminal:
-                status = 1
-
-
 @np.errstate(over="ignore", invalid="ignore")  # damaged parameters give one error, not many lines
 def run(words: list[str]) -> int:
     """Do what the command line asks -> exit status. Raises UsageError and what `main` raises."""
-    from utils import UsageError, load_encoder_hparams_and_params
+    from utils import is_terminal, note
 
     if {"-h", "--help"} & set(words):
         print(HELP)
         return 0
-    switches = {word for word in words if word in SWITCHES}
-    options = parse_arguments([decoded(word) for word in words if word not in SWITCHES])
+    arguments = parse_arguments(words)
+    options: dict[str, Any] = arguments.named | arguments.positional
+    check_usage(options)
+    is_interactive = options.pop("interactive", False)
+    prompt = options.pop("prompt", "" if is_interactive else None)
+    if prompt is None and not is_terminal(sys.stdin):
+        prompt = read_prompt() or None
+    elif prompt == "-":
+        prompt = read_prompt()
+    if prompt is None:
+        for line in USAGE.splitlines():
+            note(line)
+        return 2
+    prompt = decoded(prompt)
+    warn_of_options_without_effect(options)
+    model = load_model(
+        options.pop("model_size", "124M"),
+        options.pop("models_dir", "models"),
+        is_positional="model_size" in arguments.positional,
+    )
+    if options.pop("special_tokens", False):
+        options["allowed_special"] = "all"
+    if is_interactive:
+        return answer_prompts(prompt, model, options)
+    show(continuation(prompt, model, **options))
+    return 0
+
+
+def check_usage(options: dict[str, Any]) -> None:
+    """Raise UsageError if an option is out of range."""
+    from utils import UsageError
+
     try:
         check_options(options)
     except ValueError as error:
         hint = "; 90% is 0.9" if str(error).startswith("top_p") else ""
         raise UsageError(f"--{error}{hint}") from None
-    interactive = "--interactive" in switches
-    prompt = options.pop("prompt", None)
-    if prompt is None and not interactive:
-        prompt = "" if sys.stdin.isatty() else read_prompt()
-        if not prompt:
-            print(USAGE, file=sys.stderr)
-            return 2
-    elif prompt == "-":
-        prompt = read_prompt()
-    warn_of_options_without_effect(options)
-    model_size = options.pop("model_size", "124M")
-    model = load_encoder_hparams_and_params(model_size, options.pop("models_dir", "models"))
-    if switches - {"--interactive"}:
-        options["allowed_special"] = "all"
-    if interactive:
-        return answer_prompts(prompt, model, options)
-    show(continuation(prompt, model, **options))
-    return 0
 
 
 def read_prompt() -> str:
@@ -1195,17 +1228,8 @@ def read_prompt() -> str:
     return re.sub("\r?\n\\Z", "", read_text("-"))
 
 
-def decoded(word: str) -> str:
-    """Return a word of the command line as UTF-8 has it, whatever the locale. Raises UsageError."""
-    from utils import UsageError
-
-    try:
-        return os.fsencode(word).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"an argument is not UTF-8: {error}") from None
-
-
 def warn_of_options_without_effect(options: dict[str, Any]) -> None:
+    """Warn if the temperature is 0 and options were given that need another."""
     from utils import complain
 
     if float(options.get("temperature", 0)) > 0:
@@ -1216,6 +1240,68 @@ def warn_of_options_without_effect(options: dict[str, Any]) -> None:
         complain("gpt2.py", f"warning: at temperature 0, these options have no effect: {names}")
     if int(options.get("n_samples", 1)) > 1:
         complain("gpt2.py", "warning: at temperature 0, all samples are equal")
+
+
+def load_model(model_size: str, models_dir: str, is_positional: bool) -> tuple:
+    """Load a model. If there is none, an error says where its name may have come from."""
+    from utils import MODEL_SIZES, load_encoder_hparams_and_params
+
+    try:
+        return load_encoder_hparams_and_params(model_size, models_dir)
+    except ValueError as error:
+        exists = model_size in MODEL_SIZES or os.path.exists(os.path.join(models_dir, model_size))
+        if exists or not is_positional:
+            raise
+        raise ValueError(f"{QUOTES}; {model_size!r} is taken for model_size, but {error}") from None
+
+
+def show(pieces: Iterable[str]) -> None:
+    """Print pieces of text as they come, then a newline."""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def answer_prompts(prompt: str, model: tuple, options: dict[str, Any]) -> int:
+    """Continue the prompt and then each input line, unless they are empty -> exit status.
+
+    The status is 1 if a prompt from a pipe failed, else 0.
+    """
+    from utils import complain, is_terminal, note
+
+    status = 0
+    at_terminal = is_terminal(sys.stdin) and is_terminal(sys.stdout)
+    if at_terminal:
+        note("Each line is a prompt of its own. Ctrl-C stops an answer, Ctrl-D exits.")
+        with contextlib.suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401  gives input() line editing and a history
+    while True:
+        try:
+            text = prompt
+            prompt = ""  # there is none, if Ctrl-C or an error ends this answer
+            if text:
+                show(continuation(text, model, **options))
+            prompt = read_line("> " if at_terminal else "")
+        except EOFError:
+            if at_terminal:
+                print()
+            return status
+        except KeyboardInterrupt:
+            if not at_terminal:
+                raise
+            print()
+        except ValueError as error:
+            complain("gpt2.py", str(error))
+            if not at_terminal:
+                status = 1
+
+
+def read_line(sign: str) -> str:
+    """Show a sign and read a line. Raises EOFError at the end, ValueError if it is not UTF-8."""
+    line = input(sign).removeprefix("\ufeff").removesuffix("\r")
+    if "\ufffd" in line:  # utils.robust_streams puts it in place of bytes that are not UTF-8
+        raise ValueError("the prompt is not UTF-8")
+    return line
 
 
 def command_line(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""Shared by the tests: small vocabularies and models in OpenAI's layout, independent oracles, and comparisons."""
+"""Shared by the tests: small models in OpenAI's layout, independent oracles, comparisons."""
 
 import contextlib
 import json
@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 DATA_DIR = ROOT / "tests" / "data"
 REAL_MODELS_DIR = ROOT / "models"
 
-# GPT-2's byte characters: printable Latin-1 characters stand for themselves, the other bytes are U+0100 and up.
+# GPT-2's byte characters: printable Latin-1 characters stand for themselves, the other bytes
+# are U+0100 and up.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 BYTE_TO_CHAR = {byte: chr(byte) for byte in PRINTABLE} | {
@@ -74,7 +75,7 @@ def gpt2_merges():
 
 
 def write_vocabulary(folder, merges=SMALL_MERGES):
-    """Write encoder.json and vocab.bpe in OpenAI's format and order: bytes, merges, <|endoftext|>."""
+    """Write encoder.json and vocab.bpe in OpenAI's order: bytes, merges, <|endoftext|>."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokens = [BYTE_TO_CHAR[byte] for byte in PRINTABLE + OTHERS]
@@ -85,9 +86,8 @@ def write_vocabulary(folder, merges=SMALL_MERGES):
 
 def random_variables(hparams, seed=0):
     """Random values for every variable of a GPT-2 -> {name: array}."""
-    rng = np.random.RandomState(
-        seed
-    )  # gives the same numbers in every NumPy version, as stored results need
+    # RandomState gives the same numbers in every NumPy version, as stored results need.
+    rng = np.random.RandomState(seed)
     n_embd = hparams["n_embd"]
 
     def normal(*shape, mean=0.0, std=0.1):
@@ -102,43 +102,40 @@ def random_variables(hparams, seed=0):
     for layer in range(hparams["n_layer"]):
         name = f"model/h{layer}"
         for norm in ("ln_1", "ln_2"):
-            variables |= {
-                f"{name}/{norm}/g": normal(n_embd, mean=1.0),
-                f"{name}/{norm}/b": normal(n_embd),
-            }
+            variables[f"{name}/{norm}/g"] = normal(n_embd, mean=1.0)
+            variables[f"{name}/{norm}/b"] = normal(n_embd)
         for projection, n_in, n_out in (
-            ("attn/c_attn", 1, 3),
-            ("attn/c_proj", 1, 1),
-            ("mlp/c_fc", 1, 4),
-            ("mlp/c_proj", 4, 1),
+            ("attn/c_attn", n_embd, 3 * n_embd),
+            ("attn/c_proj", n_embd, n_embd),
+            ("mlp/c_fc", n_embd, 4 * n_embd),
+            ("mlp/c_proj", 4 * n_embd, n_embd),
         ):
-            variables[f"{name}/{projection}/w"] = normal(1, n_in * n_embd, n_out * n_embd, std=0.4)
-            variables[f"{name}/{projection}/b"] = normal(n_out * n_embd)
+            variables[f"{name}/{projection}/w"] = normal(1, n_in, n_out, std=0.4)
+            variables[f"{name}/{projection}/b"] = normal(n_out)
     return variables
 
 
 def save_variables(prefix, variables):
-    """Save {name: array} as a TensorFlow checkpoint (V2) with the `checkpoint` file that names it."""
+    """Save {name: array} as a TensorFlow checkpoint, with the file `checkpoint` that names it."""
     import tensorflow as tf
 
-    prefix, names = Path(prefix), sorted(variables)
+    prefix = Path(prefix)
+    names = sorted(variables)
     tf.raw_ops.SaveV2(
         prefix=str(prefix),
         tensor_names=names,
         shape_and_slices=[""] * len(names),
         tensors=[tf.constant(variables[name]) for name in names],
     )
-    lines = [
-        f'{key}: "{prefix.name}"\n'
-        for key in ("model_checkpoint_path", "all_model_checkpoint_paths")
-    ]
+    keys = ("model_checkpoint_path", "all_model_checkpoint_paths")
+    lines = [f'{key}: "{prefix.name}"\n' for key in keys]
     (prefix.parent / "checkpoint").write_text("".join(lines))
 
 
 def write_model(
     model_dir, hparams=SMALL_HPARAMS, seed=0, prefix="model.ckpt", merges=SMALL_MERGES, extra=()
 ):
-    """Write the seven files of a random model to model_dir. `extra`: further variables of the checkpoint."""
+    """Write the seven files of a random model -> model_dir. `extra`: further variables."""
     model_dir = Path(model_dir)
     write_vocabulary(model_dir, merges)
     (model_dir / "hparams.json").write_text(json.dumps(hparams, indent=2) + "\n")
@@ -193,11 +190,9 @@ def map_arrays(function, params):
     """The same nested dicts and lists, with function(array) in place of each array."""
     if isinstance(params, dict):
         return {key: map_arrays(function, value) for key, value in params.items()}
-    return (
-        [map_arrays(function, value) for value in params]
-        if isinstance(params, list)
-        else function(params)
-    )
+    if isinstance(params, list):
+        return [map_arrays(function, value) for value in params]
+    return function(params)
 
 
 def flat(params):
@@ -249,7 +244,8 @@ def float64_gpt2(ids, params, n_head):
     n_seq, n_embd = len(ids), params["wte"].shape[1]
     x = params["wte"][ids] + params["wpe"][:n_seq]
     for block in params["blocks"]:
-        attn, mlp = block["attn"], block["mlp"]
+        attn = block["attn"]
+        mlp = block["mlp"]
         qkv = float64_layer_norm(x, **block["ln_1"]) @ attn["c_attn"]["w"] + attn["c_attn"]["b"]
         heads = np.empty((n_seq, n_embd))
         for columns in np.split(np.arange(n_embd), n_head):

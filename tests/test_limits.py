@@ -89,7 +89,7 @@ def test_numbers_of_any_type(name, value):
     "name", ["n_tokens_to_generate", "temperature", "top_k", "top_p", "seed", "n_samples"]
 )
 @pytest.mark.parametrize(
-    "value", [True, Decimal(1), Fraction(1), np.bool_(True), np.float32(1), np.array(1)], ids=repr
+    "value", [True, "1", b"1", Decimal(1), Fraction(1), np.float16(1), np.array(1)], ids=repr
 )
 def test_unusual_numbers_are_right_or_refused(name, value):
     ids, error = result_or_error(lambda: generate(**DRAWN | {name: value}))
@@ -99,13 +99,13 @@ def test_unusual_numbers_are_right_or_refused(name, value):
         assert ids == generate(**DRAWN | {name: 1})
 
 
-NO_NUMBERS = ["5", "", b"5", math.nan, np.float32("nan"), -1, -1e-9, [1, 2], np.arange(2), 1j]
-NO_WHOLE_NUMBERS = [*NO_NUMBERS, 2.5, Decimal("2.5"), math.inf, -math.inf, "2.0"]
+NO_NUMBERS = ["x", "", math.nan, np.float32("nan"), "nan", -1, -1e-9, [1, 2], np.arange(2), 1j]
+NO_WHOLE_NUMBERS = [*NO_NUMBERS, 2.5, Decimal("2.5"), math.inf, -math.inf, "2.5"]
 WRONG = {
     "n_tokens_to_generate": [*NO_WHOLE_NUMBERS, None, Decimal("nan")],
-    "temperature": [*NO_NUMBERS, None, "0.5", -math.inf],
+    "temperature": [*NO_NUMBERS, None, -math.inf],
     "top_k": [*NO_WHOLE_NUMBERS, None],
-    "top_p": [*NO_NUMBERS, None, 0, 0.0, 1.5, 90, math.inf, "0.9"],
+    "top_p": [*NO_NUMBERS, None, 0, 0.0, 1.5, 90, math.inf],
     "seed": NO_WHOLE_NUMBERS,
     "n_samples": [*NO_WHOLE_NUMBERS, 0, 100_001],
     "stop_id": ["5", "", b"5", 1.5, math.nan, -1, N_VOCAB, 2**64, [N_VOCAB], {-1, 3}, ["a"], [[3]]],
@@ -119,7 +119,7 @@ WRONG = {
     ids=lambda value: value if isinstance(value, str) else repr(value),
 )
 def test_wrong_options_raise_at_once(function, name, value):
-    with pytest.raises((ValueError, TypeError), match=f"{name} must be ") as error:
+    with pytest.raises((ValueError, TypeError), match=f"{name} must be |token id") as error:
         function(**DRAWN | {name: value})
     assert "\n" not in str(error.value)
 
@@ -272,8 +272,8 @@ def test_a_token_of_probability_zero_is_never_drawn(logits, temperature, top_k, 
         ([math.nan], "(?i)nan|not a number"),
         ([1.0, math.nan, 2.0], "(?i)nan|not a number"),
         ([math.nan, NO, math.inf], "(?i)nan|not a number"),
-        ([NO], "logits"),
-        ([NO, NO, NO], "logits"),
+        ([NO], "logit"),
+        ([NO, NO, NO], "logit"),
     ],
 )
 def test_logits_that_say_nothing(logits, message, temperature):
@@ -305,7 +305,7 @@ def test_huge_logits_give_a_distribution_or_an_error(
     drawn, error = result_or_error(lambda: {gpt2.sample(logits, rng, temperature) for rng in RNGS})
     if error:
         assert may_be_refused
-        assert "logits" in error
+        assert "logit" in error
     elif temperature == 0:
         assert drawn <= likeliest
     else:
@@ -319,7 +319,7 @@ def test_huge_logits_give_a_distribution_or_an_error(
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": math.inf}], ids=str)
 def test_damaged_parameters_are_an_error(value, options):
     params = {**PARAMS, "ln_f": {**PARAMS["ln_f"], "b": np.full(10, value, np.float32)}}
-    with pytest.raises(ValueError, match="logits"), np.errstate(invalid="ignore"):
+    with pytest.raises(ValueError, match="logit"), np.errstate(invalid="ignore"):
         gpt2.generate(PROMPT, params, N_HEAD, 1, **options)
 
 

@@ -100,12 +100,12 @@ def test_eight_threads_give_the_same_as_one(tiny):
     def write(i):
         ids = encoder.encode(f"KING RICHARD {i}:\nMy lord, {'what say you? ' * i}")
         options = {"temperature": i / 4, "seed": i, "n_samples": 2}
-        rows = gpt2.generate(ids, params, hparams["n_head"], 40, **options)
+        rows = gpt2.generate(ids, params, hparams["n_head"], 20, **options)
         return ids, rows, [encoder.decode(row) for row in rows]
 
     alone = [write(i) for i in range(8)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(write, [*range(8)] * 3)) == alone * 3
+        assert list(pool.map(write, [*range(8)] * 2)) == alone * 2
 
 
 def test_sampled_text_has_lines_and_common_words(tiny):
@@ -161,6 +161,15 @@ def run(*arguments):
     return utils.run_command("train.py", train.command, [str(word) for word in arguments])
 
 
+def message(capfd):
+    """The one line of train.py on standard error, without those that TensorFlow may print."""
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    (line,) = re.findall("^train.py: (.*)", error, re.MULTILINE)
+    assert error.endswith(f"{line}\n")
+    return line
+
+
 def assert_model(folder, loss):
     """The folder holds a model with this held-out loss, in nats per token."""
     encoder, hparams, params = utils.load_encoder_hparams_and_params(folder.name, folder.parent)
@@ -206,7 +215,7 @@ def test_merges_are_the_most_frequent_pairs():
 
 
 @pytest.mark.parametrize(
-    ("option", "status", "message"),
+    ("option", "status", "words"),
     [
         ("--seed=-1", 2, "--seed must be from 0 to 4294967295, got -1"),
         ("--seed=4294967296", 2, "--seed must be from 0 to 4294967295, got 4294967296"),
@@ -223,11 +232,9 @@ def test_merges_are_the_most_frequent_pairs():
         ("--n_ctx=10000", 1, "the text is too small for --n_ctx 10000: .* tokens to train on"),
     ],
 )
-def test_bad_options(option, status, message, text_file, tmp_path, capfd):
+def test_bad_options(option, status, words, text_file, tmp_path, capfd):
     assert run(text_file, tmp_path / "mine", *OPTIONS, option) == status
-    error = capfd.readouterr().err
-    assert re.match(f"train.py: {message}", error)
-    assert error.count("\n") == 1
+    assert re.match(words, message(capfd))
     assert not (tmp_path / "mine").exists()
 
 
@@ -241,12 +248,12 @@ def test_what_is_found_before_the_work(text_file, tmp_path, capfd, monkeypatch):
         (tmp_path / "none", target): "No such file",
         (tmp_path / "latin1.txt", target): "latin1.txt is not UTF-8",
     }
-    for arguments, message in cases.items():
+    for arguments, words in cases.items():
         assert run(*arguments) == 1
-        assert message in capfd.readouterr().err
+        assert words in message(capfd)
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     assert run(text_file, target) == 1
-    assert re.fullmatch("train.py: training needs Tens.* pip install .*\n", capfd.readouterr().err)
+    assert re.match("training needs TensorFlow.*; install it with: pip", message(capfd))
     assert not target.exists()
 
 
@@ -255,14 +262,14 @@ def test_ctrl_c_saves_the_model(window, step, text_file, tmp_path, capfd, monkey
     at_batch(monkeypatch, window, lambda: signal.raise_signal(signal.SIGINT))
     target = tmp_path / "mine"
     assert run(text_file, target, *OPTIONS) == 130
-    error = capfd.readouterr().err
+    line = message(capfd)
     if step == 0:
-        assert error == "train.py: stopped; nothing is saved\n"
+        assert line == "stopped; nothing is saved"
         assert os.listdir(tmp_path) == ["my.txt"]
     else:
-        start = f"train.py: stopped; {target} holds the model of step {step}, held-out loss "
-        assert error.startswith(start)
-        assert_model(target, float(error.removeprefix(start).removesuffix(" nats per token\n")))
+        start = f"stopped; {target} holds the model of step {step}, held-out loss "
+        assert line.startswith(start)
+        assert_model(target, float(line.removeprefix(start).removesuffix(" nats per token")))
 
 
 def test_a_failed_replacement_leaves_the_old_model(text_file, tmp_path, capfd, monkeypatch):
@@ -281,7 +288,7 @@ def test_a_failed_replacement_leaves_the_old_model(text_file, tmp_path, capfd, m
     monkeypatch.setattr(Path, "rename", interrupted)
     assert run(text_file, tmp_path / "mine", *OPTIONS) == 130
     assert names == ["new", "mine", "new", "old", "mine", "new"]
-    assert_model(tmp_path / "mine", float(re.search(r"loss (\S+)", capfd.readouterr().err)[1]))
+    assert_model(tmp_path / "mine", float(re.search(r"loss (\S+)", message(capfd))[1]))
     assert sorted(os.listdir(tmp_path)) == ["mine", "my.txt"]
 
 
@@ -293,6 +300,5 @@ def test_a_model_that_cannot_be_saved_is_not_lost(text_file, tmp_path, capfd, mo
     output, error = capfd.readouterr()
     assert output.count(", saved in") == 2
     assert output.count(", not saved: ") == 6
-    rescue, loss = re.search(r"; it is in (\S+), held-out loss (\S+) nats", error).groups()
-    assert error.count("\n") == 1
+    rescue, loss = re.search(r"; it is in (\S+), held-out loss (\S+) nats.*\n\Z", error).groups()
     assert_model(Path(rescue), float(loss))
