@@ -685,7 +685,7 @@ SCREENS = [
 # Whether page and text can be scrolled sideways, and what reaches into the right margin.
 OUTSIDE = """
 const { clientWidth } = document.documentElement, pane = document.getElementById("pane");
-const isOutside = (element) => element.getBoundingClientRect().right > clientWidth - 10; 
+const isOutside = (element) => element.getBoundingClientRect().right > clientWidth - 10;
 return [document.documentElement.scrollWidth > clientWidth, pane.scrollWidth > pane.clientWidth,
   [...document.querySelectorAll("body *")].filter(isOutside).map((element) => element.outerHTML)]
 """
