@@ -1,8 +1,8 @@
 """Files: download a published GPT-2, verify it, load it -> (encoder, hparams, params).
 
-A model is a folder in one of two layouts: OpenAI's (a TensorFlow checkpoint) or Hugging Face's
-(safetensors). In both, the weights lie in the file as NumPy needs them. So float32 weights are
-memory-mapped, not copied.
+A model is a folder in OpenAI's layout: a TensorFlow checkpoint with a vocabulary. The weights lie
+in the file as NumPy needs them, so they are memory-mapped, not copied. hugging_face.py reads the
+other layout.
 """
 
 import base64
@@ -10,25 +10,26 @@ import contextlib
 import errno
 import glob
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
 import math
 import mmap
-import operator
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import numpy as np
 
-from encoder import Encoder, get_encoder
+from encoder import GIT_LFS_POINTER, Encoder, get_encoder, read_json
 
 if TYPE_CHECKING:  # imported by the functions that need it: a model on disk is loaded without it
     import requests
@@ -59,18 +60,50 @@ class Sizes(NamedTuple):
 
 
 HPARAMS = Sizes._fields
-_sizes = operator.itemgetter(*HPARAMS)
+BUNDLED = "tiny"  # the model in this repository's own folder models
+HUB_NAMES = {  # the published models on the Hugging Face Hub
+    "124M": "openai-community/gpt2",
+    "355M": "openai-community/gpt2-medium",
+    "774M": "openai-community/gpt2-large",
+    "1558M": "openai-community/gpt2-xl",
+}
+OLD_NAMES = {  # other names of the published sizes
+    "117m": "124M",
+    "345m": "355M",
+    "762m": "774M",
+    "1542m": "1558M",
+    "1.5b": "1558M",
+}
+HUB_FILES = [  # of a model on the Hub, without its weights
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "model.safetensors.index.json",
+]
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),  # the upper half of a float32
+}
+MASKS = (".attn.bias", ".attn.masked_bias")  # stored by old versions; not parameters
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
+MAX_SIZE = 1_000_000  # no size in hparams.json may be larger
 MODEL_SIZES = {
     "124M": Sizes(n_vocab=50257, n_ctx=1024, n_embd=768, n_head=12, n_layer=12),
     "355M": Sizes(n_vocab=50257, n_ctx=1024, n_embd=1024, n_head=16, n_layer=24),
     "774M": Sizes(n_vocab=50257, n_ctx=1024, n_embd=1280, n_head=20, n_layer=36),
     "1558M": Sizes(n_vocab=50257, n_ctx=1024, n_embd=1600, n_head=25, n_layer=48),
 }
+DATA_SUFFIX = ".data-00000-of-00001"  # of a checkpoint's only data file
+RECORD_SUFFIX = ".verified.json"  # of the record of its verification
 _TINY = Sizes(n_vocab=1024, n_ctx=256, n_embd=128, n_head=4, n_layer=4)
-_DATA = ".data-00000-of-00001"  # suffix of a checkpoint's data file
-_RECORD = ".verified.json"  # suffix of its verification record
 KNOWN_DATA = {  # SHA-256 of the data file
-    MODEL_SIZES["124M"]: FILES["model.ckpt" + _DATA],
+    MODEL_SIZES["124M"]: FILES["model.ckpt" + DATA_SUFFIX],
     _TINY: "02ce5e2c9d75fd413b78a0123dfc08a2033169d137308353d6cebc8f0762d895",
 }
 
@@ -83,7 +116,7 @@ BACKOFF = 0.5  # seconds before the first retry, doubled for each further one
 MAX_WAIT = 30  # seconds: upper limit for Retry-After
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses after which a retry may help
 
-_REPLACE = "replace it with an intact copy (delete a published model's file to download it again)"
+REPLACE = "replace it with an intact copy (delete a published model's file to download it again)"
 
 
 # Downloading
@@ -244,9 +277,7 @@ def new_session(base_url: str) -> "requests.Session":
     return session
 
 
-def download_file(
-    session: "requests.Session", url: str, path: str, sha256: str | None = None
-) -> None:
+def download_file(session: "requests.Session", url: str, path: str, sha256: str | None) -> None:
     """Download url to path and verify it."""
     part = path + ".part"
     try:
@@ -329,12 +360,6 @@ def is_rest(response: "requests.Response", start: int, version: str) -> bool:
         and re.fullmatch(rf"bytes {start}-\d+/\d+", content_range, re.IGNORECASE) is not None
         and version_of(response) in (None, version)
     )
-
-
-def content_range(response: "requests.Response", start: int) -> re.Match | None:
-    """Match a Content-Range that begins at start. Its group is the length of the whole file."""
-    value = response.headers.get("Content-Range", "")
-    return re.fullmatch(rf"bytes {start}-\d+/(\d+)", value, re.IGNORECASE)
 
 
 def problem_with(response: "requests.Response") -> str | None:
@@ -455,232 +480,362 @@ def discard(part: str) -> None:
             os.remove(path)
 
 
-_unverified = is_unverified  # the loading half still uses these names
-_digest = digest
-
-
 # Loading
 
 
 def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[Encoder, dict, dict]:
     """Load the model in the folder models_dir/model_size -> (encoder, hparams, params).
 
-    A published model is downloaded first. Any other folder holds a TensorFlow checkpoint in OpenAI's layout (fine-tuned
-    ones are often named model-1000) or a Hugging Face model. hparams is a dict of n_vocab, n_ctx, n_embd, n_head and
-    n_layer. For params see load_gpt2_params_from_tf_ckpt.
+    The folder holds a TensorFlow checkpoint in OpenAI's layout (fine-tuned ones are often named
+    model-1000) or a Hugging Face model. If it does not exist, a published model is downloaded from
+    OpenAI, owner/name from the Hugging Face Hub, and tiny is taken from this repository. hparams is
+    a dict of n_vocab, n_ctx, n_embd, n_head and n_layer. For params see
+    load_gpt2_params_from_tf_ckpt.
 
-    Raises ValueError for an unknown model and for files that are damaged or do not fit together, FileNotFoundError for
-    a missing file, ImportError if TensorFlow is needed and missing, and what download_gpt2_files raises.
+    Raises ValueError for an unknown model and for files that are damaged or do not fit together,
+    FileNotFoundError for a missing file, ImportError if TensorFlow or huggingface_hub is needed and
+    missing, and what download_gpt2_files raises.
     """
-    if model_size in ("", ".", "..") or re.search(r"[/\\:\0]", model_size):
-        raise ValueError(
-            f"model_size must name a folder in {os.path.abspath(models_dir)}, got {model_size!r}"
-        )
+    model_dir = find_model_dir(model_size, models_dir)
+    tf_ckpt_path = find_checkpoint(model_dir)
+    if is_hugging_face(model_dir, tf_ckpt_path):
+        from hugging_face import load_hugging_face
+
+        return load_hugging_face(model_dir)
+    is_published = model_size in MODEL_SIZES and (
+        tf_ckpt_path is None or os.path.basename(tf_ckpt_path) == "model.ckpt"
+    )
+    if is_published:
+        check_tensorflow(model_size, model_dir)
+        download_gpt2_files(model_size, model_dir)
+        tf_ckpt_path = find_checkpoint(model_dir)
+    if tf_ckpt_path is None:
+        raise missing_model(model_dir, model_size)
+    folder, name = os.path.split(model_dir)
+    encoder = get_encoder(name, folder)
+    hparams = read_hparams(os.path.join(model_dir, "hparams.json"))
+    if is_published and not is_unverified():
+        check_published(model_size, hparams, model_dir)
+    n_tokens = len(encoder.decoder)
+    if n_tokens != hparams["n_vocab"]:
+        problem = f"the vocabulary has {n_tokens} tokens, but n_vocab is {hparams['n_vocab']}"
+        raise ValueError(f"{model_dir}: {problem}")
+    return encoder, hparams, load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams)
+
+
+def find_model_dir(model_size: str, models_dir: str) -> str:
+    """Return the folder of a model. A model of the Hub is downloaded into it first.
+
+    model_size is the name of a folder, or owner/name as on the Hub.
+    """
+    is_name = model_size not in ("", ".", "..") and not re.search(r"[/\\:\0]", model_size)
+    is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model_size)
+    if not is_name and not is_hub_name:
+        folder = os.path.abspath(models_dir)
+        raise ValueError(f"model_size must name a folder in {folder}, got {model_size!r}")
     model_dir = os.path.join(models_dir, model_size)
-    tf_ckpt_path, config_path = _checkpoint_path(model_dir), os.path.join(model_dir, "config.json")
-    is_published = model_size in MODEL_SIZES and tf_ckpt_path in (
-        None,
-        os.path.join(model_dir, "model.ckpt"),
+    if not os.path.isdir(model_dir):
+        if model_size == BUNDLED:
+            return os.path.join(os.path.dirname(os.path.abspath(__file__)), "models", BUNDLED)
+        if is_hub_name:
+            download_from_hub(model_size, model_dir)
+    return model_dir
+
+
+def is_hugging_face(model_dir: str, tf_ckpt_path: str | None) -> bool:
+    """Return whether to load a folder as a Hugging Face model. If it holds both, say so."""
+    if not os.path.isfile(os.path.join(model_dir, "config.json")):
+        return False
+    if tf_ckpt_path is None:
+        return True
+    weights = sorted(glob.glob("*.safetensors", root_dir=model_dir))
+    if not weights:
+        return False
+    if not all(map(os.path.isfile, [tf_ckpt_path + ".index", *data_files(tf_ckpt_path)])):
+        return True
+    taken = f"{model_dir} holds two models; the TensorFlow checkpoint is loaded"
+    note(f"warning: {taken}. To load {weights[0]}, move the file `checkpoint` away")
+    return False
+
+
+def check_tensorflow(model_size: str, model_dir: str) -> None:
+    """Raise ImportError before a download that only TensorFlow, which is missing, could verify."""
+    is_known = MODEL_SIZES[model_size] in KNOWN_DATA
+    is_there = os.path.isfile(os.path.join(model_dir, "model.ckpt" + DATA_SUFFIX))
+    if is_known or is_there or importlib.util.find_spec("tensorflow"):
+        return
+    raise ImportError(
+        f"TensorFlow is not installed, and it must verify {model_size} after the download; install "
+        f"it with: pip install -r requirements.txt, or load {HUB_NAMES[model_size]}, the same "
+        "model, which needs no TensorFlow but: pip install huggingface_hub"
     )
-    params = None
-    if tf_ckpt_path is None and os.path.isfile(config_path):
-        hparams, params = _load_hugging_face(config_path)
-        encoder = get_encoder(model_size, models_dir)
-        params["wte"] = params["wte"][: len(encoder.decoder)]  # drop padding rows without a token
-        hparams["n_vocab"] = len(params["wte"])
-    else:
-        if is_published:
-            download_gpt2_files(model_size, model_dir)
-            tf_ckpt_path = _checkpoint_path(model_dir)
-        if tf_ckpt_path is None:
-            if os.path.isdir(model_dir):
-                raise FileNotFoundError(
-                    f"{os.path.abspath(model_dir)} holds neither a checkpoint nor a config.json"
-                )
-            files = glob.glob("*/checkpoint", root_dir=models_dir) + glob.glob(
-                "*/config.json", root_dir=models_dir
-            )
-            names = ", ".join(sorted({os.path.dirname(path) for path in files})) or "none"
-            names += f"; published: {', '.join(MODEL_SIZES)}"
-            raise ValueError(
-                f"there is no model {os.path.abspath(model_dir)}; models there: {names}"
-            )
-        encoder, path = get_encoder(model_size, models_dir), os.path.join(model_dir, "hparams.json")
-        hparams = _checked_hparams(_read_json(path), path)
-        if is_published and not _unverified() and _sizes(hparams) != MODEL_SIZES[model_size]:
-            raise ValueError(
-                f"{path} does not have the values of the published {model_size}; {_REPLACE}"
-            )
-    if (n_tokens := len(encoder.decoder)) != hparams["n_vocab"]:
-        raise ValueError(
-            f"{model_dir}: the vocabulary has {n_tokens} tokens, but n_vocab is {hparams['n_vocab']}"
+
+
+def missing_model(model_dir: str, model_size: str) -> Exception:
+    """Return an error that says what is in the place of the model, or which models are there."""
+    model_dir = os.path.abspath(model_dir)
+    if os.path.isdir(model_dir):
+        return FileNotFoundError(f"{model_dir} holds {what_is_there(model_dir)}")
+    hint = ""
+    size = published_size(model_size)
+    if size:
+        hint = f" (did you mean {size}, or {HUB_NAMES[size]} from the Hugging Face Hub?)"
+    models_dir = os.path.dirname(model_dir)
+    files = []
+    for pattern in ("*/checkpoint", "*/config.json", "*/*/config.json"):
+        files += glob.glob(pattern, root_dir=models_dir)
+    names = ", ".join(sorted({os.path.dirname(file) for file in files})) or "none"
+    sizes = ", ".join(MODEL_SIZES)
+    known = f"models there: {names}; published: {sizes}; bundled: {BUNDLED}"
+    return ValueError(f"there is no model {model_dir}{hint}; {known}")
+
+
+def what_is_there(model_dir: str) -> str:
+    """Describe a folder that holds no model."""
+    indices = sorted(glob.glob("*.index", root_dir=model_dir))
+    if indices:
+        line = f'model_checkpoint_path: "{indices[-1].removesuffix(".index")}"'
+        return f"{', '.join(indices)}, but no file named checkpoint, with the line {line}"
+    if os.path.isfile(os.path.join(model_dir, "adapter_config.json")):
+        return (
+            "a LoRA adapter, which is not a whole model; merge it with its base model first, with "
+            "merge_and_unload() and save_pretrained() of the package peft"
         )
-    return encoder, hparams, params or load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams)
+    return "neither a checkpoint nor a config.json"
 
 
-def _checkpoint_path(model_dir: str) -> str | None:
-    """Return the path of the checkpoint in model_dir, without suffix. None if there is no `checkpoint` file.
+def published_size(model_size: str) -> str | None:
+    """Return the published name of a size that is known under another name, too."""
+    spelling = model_size.lower()
+    for size, hub_name in HUB_NAMES.items():
+        if spelling in (size.lower(), hub_name.lower().rpartition("/")[2]):
+            return size
+    return OLD_NAMES.get(spelling)
 
-    It is TensorFlow's CheckpointState in protobuf's text format. It may hold a path on the machine that saved it.
+
+def find_checkpoint(model_dir: str) -> str | None:
+    """Return the path of the checkpoint in model_dir, without suffix.
+
+    The file `checkpoint` names it, in the text format of TensorFlow's CheckpointState. It may hold
+    a path on the machine that saved it, which may have been a Windows machine. Returns None if
+    there is no such file.
     """
-    path, string = (
-        os.path.join(model_dir, "checkpoint"),
-        rb"""("(?:[^"\\]|\\.)+"|'(?:[^'\\]|\\.)+')""",
-    )
+    path = os.path.join(model_dir, "checkpoint")
     if not os.path.isfile(path):
         return None
-    with open(path, "rb") as file:
-        named = re.search(rb"^\s*model_checkpoint_path\s*:\s*" + string, file.read(), re.MULTILINE)
-    try:
-        name = os.path.basename(
-            named[1][1:-1].decode("unicode_escape").encode("latin-1").decode("utf-8")
-        )
-    except (TypeError, ValueError):
-        raise ValueError(f"{path} does not name a checkpoint; {_REPLACE}") from None
-    is_there = os.path.isfile(os.path.join(model_dir, name + ".index"))
-    return os.path.join(
-        model_dir, name if is_there else name.rpartition("\\")[2]
-    )  # it was saved on Windows
+    content = Path(path).read_text(encoding="utf-8", errors="replace")
+    quoted = r"""(?:"((?:[^"\\]|\\.)+)"|'((?:[^'\\]|\\.)+)')"""
+    match = re.search(r"^\s*model_checkpoint_path\s*:\s*" + quoted, content, re.MULTILINE)
+    if not match:
+        raise ValueError(f"{path} does not name a checkpoint; {REPLACE}")
+    name = re.sub(r"\\(.)", r"\1", match[1] or match[2]).rpartition("/")[2]
+    if not os.path.isfile(os.path.join(model_dir, name + ".index")):
+        name = name.rpartition("\\")[2]
+    return os.path.join(model_dir, name)
 
 
-def _read_json(path: str) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return dict(json.load(file).items())
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}; {_REPLACE}") from None
-
-
-def _checked_hparams(hparams: dict, path: str) -> dict:
+def read_hparams(path: str) -> dict[str, Any]:
+    """Read and check hparams.json."""
+    hparams = read_json(path)
     for name in HPARAMS:
         if name not in hparams:
-            raise ValueError(f"{path} has no {name}; {_REPLACE}")
-        if type(hparams[name]) is not int or hparams[name] < 1:
-            raise ValueError(
-                f"{path}: {name} must be a whole number, 1 or more, got {hparams[name]!r}"
-            )
-    if hparams["n_embd"] % hparams["n_head"]:
-        raise ValueError(
-            f"{path}: n_embd {hparams['n_embd']} is not a multiple of n_head {hparams['n_head']}"
-        )
+            raise ValueError(f"{path} has no {name}; {REPLACE}")
+    check_sizes({name: hparams[name] for name in HPARAMS}, path)
     return hparams
 
 
-def load_gpt2_params_from_tf_ckpt(tf_ckpt_path: str, hparams: dict) -> dict:
-    """Load the parameters of the checkpoint tf_ckpt_path (`.index`, `.data-*`) -> nested dict of float32 arrays:
+def check_sizes(sizes: dict[str, Any], path: str) -> None:
+    """Raise ValueError, naming the file, unless all sizes are possible and fit together."""
+    for name, value in sizes.items():
+        check_size(name, value, path)
+    n_embd = sizes["n_embd"]
+    n_head = sizes["n_head"]
+    if n_embd % n_head:
+        raise ValueError(f"{path}: n_embd {n_embd} is not a multiple of n_head {n_head}")
 
-    {"wte": [n_vocab, n_embd], "wpe": [n_ctx, n_embd], "blocks": [{"ln_1": {"g", "b"}, "attn": {"c_attn": {"w", "b"},
-    "c_proj": {"w", "b"}}, "ln_2": {"g", "b"}, "mlp": {"c_fc": {"w", "b"}, "c_proj": {"w", "b"}}}, ...],
-    "ln_f": {"g", "b"}}, each w [n_in, n_out]. The arrays are read-only, and mapped from the file if possible.
 
-    The first load verifies the data file by its SHA-256 if that is known, else through TensorFlow. A record beside it
-    (`.verified.json`, which can be deleted) lets later loads skip this until a file changes. A checkpoint with other
-    variables (an optimizer's, which are ignored) or several data files has no record: each load needs TensorFlow.
+def check_size(name: str, value: object, path: str) -> None:
+    if type(value) is not int or not 1 <= value <= MAX_SIZE:
+        rule = f"must be a whole number from 1 to {MAX_SIZE}"
+        raise ValueError(f"{path}: {name} {rule}, got {value!r}")
 
-    Raises ValueError for a variable that is missing, has another shape than hparams say, or fails TensorFlow's
-    checksum, and FileNotFoundError for a missing file.
+
+def check_published(model_size: str, hparams: dict, model_dir: str) -> None:
+    """Raise ValueError unless a model under a published name has the published sizes."""
+    if sizes_of(hparams) != MODEL_SIZES[model_size]:
+        path = os.path.join(model_dir, "hparams.json")
+        raise ValueError(
+            f"{path} does not have the values of the published {model_size}; {REPLACE}"
+        )
+
+
+def sizes_of(hparams: dict) -> Sizes:
+    """Return the five values of hparams, which may hold others, too."""
+    return Sizes(*[hparams[name] for name in HPARAMS])
+
+
+def load_gpt2_params_from_tf_ckpt(tf_ckpt_path: str | os.PathLike, hparams: dict) -> dict[str, Any]:
+    """Load the checkpoint tf_ckpt_path (without `.index`) -> nested dict of float32 arrays:
+
+    {"wte": [n_vocab, n_embd], "wpe": [n_ctx, n_embd], "blocks": [{"ln_1": {"g", "b"}, "attn":
+    {"c_attn": {"w", "b"}, "c_proj": {"w", "b"}}, "ln_2": {"g", "b"}, "mlp": {"c_fc": {"w", "b"},
+    "c_proj": {"w", "b"}}}, ...], "ln_f": {"g", "b"}}, each w [n_in, n_out]. The arrays are
+    read-only, and mapped from the file if possible.
+
+    The first load verifies the data file by its SHA-256 if that is known, else through TensorFlow.
+    A record beside it (`.verified.json`, which can be deleted) lets later loads skip this until a
+    file changes. A checkpoint with other variables (an optimizer's, which are ignored) or several
+    data files has no record: each load needs TensorFlow.
+
+    Raises ValueError for a variable that is missing, has another shape than hparams say, or fails
+    TensorFlow's checksum, and FileNotFoundError for a missing file.
     """
     tf_ckpt_path = os.fspath(tf_ckpt_path)
-    data_paths = glob.glob(glob.escape(tf_ckpt_path) + ".data-*") or [tf_ckpt_path + _DATA]
-    for path in tf_ckpt_path + ".index", *data_paths:
-        open(path, "rb").close()  # raises an OSError that names the file
-    mapped, record, known = {}, None, KNOWN_DATA.get(_sizes(hparams))
-    if data_paths == [tf_ckpt_path + _DATA]:
-        mapped, record = _map_checkpoint(tf_ckpt_path, hparams)
-    with (
-        contextlib.suppress(OSError, ValueError, RecursionError),
-        open(tf_ckpt_path + _RECORD) as file,
-    ):
-        if mapped and json.load(file) == record:
-            return _nested(mapped, hparams)
-    variables = mapped
-    if not mapped or not known or _digest(tf_ckpt_path + _DATA, "sha256") != known:
-        variables = _read_with_tensorflow(tf_ckpt_path, hparams, mapped)
+    record = new_record(tf_ckpt_path, hparams)
+    mapped = map_data_file(tf_ckpt_path, hparams)
+    if mapped and read_record(tf_ckpt_path) == record:
+        return nest(mapped, hparams)
+    if mapped and is_known_data(tf_ckpt_path, hparams):
+        variables = mapped
+    else:
+        variables = read_with_tensorflow(tf_ckpt_path, hparams, mapped)
     if all(array is mapped.get(name) for name, array in variables.items()):
-        with contextlib.suppress(OSError), open(tf_ckpt_path + _RECORD, "w") as file:
-            json.dump(record, file)  # if this fails or is interrupted, the next load verifies again
-    return _nested(variables, hparams)
+        write_record(tf_ckpt_path, record)
+    return nest(variables, hparams)
 
 
-def _map_checkpoint(tf_ckpt_path: str, hparams: dict) -> tuple[dict, dict]:
-    """Map the data file -> ({name: array}, its record). There are no arrays if the file size does not match hparams.
+def data_files(tf_ckpt_path: str) -> list[str]:
+    """Return the paths of a checkpoint's data files. If there are none, return the usual path."""
+    return sorted(glob.glob(glob.escape(tf_ckpt_path) + ".data-*")) or [tf_ckpt_path + DATA_SUFFIX]
 
-    TensorFlow writes the variables one after another, sorted by name, so hparams determine the offset of each.
+
+def map_data_file(tf_ckpt_path: str, hparams: dict) -> dict[str, np.ndarray]:
+    """Map the data file -> {name: array}.
+
+    Returns {} unless there is one data file, whose size is that of GPT-2's variables. TensorFlow
+    writes them one after another, sorted by name. So hparams determine the size of the file and the
+    place of each variable in it.
     """
-    n_vocab, n_ctx, n_embd, _, n_layer = _sizes(hparams)
-    with open(tf_ckpt_path + _DATA, "rb") as file:
-        files = {"index": os.stat(tf_ckpt_path + ".index"), "data": os.fstat(file.fileno())}
-        record = {
-            name: [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-            for name, status in files.items()
-        }
-        record["hparams"] = list(_sizes(hparams))
-        if files["data"].st_size != 4 * n_embd * (
-            n_vocab + n_ctx + 2 + n_layer * (12 * n_embd + 13)
-        ):
-            return {}, record
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    arrays, offset = {}, 0
-    for name, shape in sorted(_variable_shapes(hparams)):
-        arrays[name] = np.frombuffer(mapped, np.float32, math.prod(shape), offset).reshape(shape)
-        offset += arrays[name].nbytes
-    return arrays, record
+    if data_files(tf_ckpt_path) != [tf_ckpt_path + DATA_SUFFIX]:
+        return {}
+    n_vocab, n_ctx, n_embd, _, n_layer = sizes_of(hparams)
+    n_parameters = n_embd * (n_vocab + n_ctx + 2 + n_layer * (12 * n_embd + 13))
+    with open(tf_ckpt_path + DATA_SUFFIX, "rb") as file:
+        if os.fstat(file.fileno()).st_size != 4 * n_parameters:
+            return {}
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    arrays = {}
+    offset = 0
+    for name, shape in sorted(variable_shapes(hparams)):
+        array = np.frombuffer(content, np.float32, math.prod(shape), offset)
+        arrays[name] = array.reshape(shape)
+        offset += array.nbytes
+    return arrays
 
 
-def _variable_shapes(hparams: dict, n_inner: int | None = None):
-    """Yield the (name, shape) of each variable of openai/gpt-2's model.py. n_inner is 4 * n_embd by default."""
-    n_vocab, n_ctx, n, _, n_layer = _sizes(hparams)
-    n_inner = n_inner or 4 * n
-    yield from {
-        "model/wte": (n_vocab, n),
-        "model/wpe": (n_ctx, n),
-        "model/ln_f/g": (n,),
-        "model/ln_f/b": (n,),
-    }.items()
+def is_known_data(tf_ckpt_path: str, hparams: dict) -> bool:
+    """Return whether the data file is one whose SHA-256 is known."""
+    known = KNOWN_DATA.get(sizes_of(hparams))
+    return known is not None and digest(tf_ckpt_path + DATA_SUFFIX, "sha256") == known
+
+
+def new_record(tf_ckpt_path: str, hparams: dict) -> dict[str, list[int]]:
+    """Describe a checkpoint. Any change of its files or of hparams changes the record."""
+    record = {"hparams": list(sizes_of(hparams))}
+    for path in [tf_ckpt_path + ".index", *data_files(tf_ckpt_path)]:
+        refuse_pointer(path)
+        status = os.stat(path)
+        kind = path.removeprefix(tf_ckpt_path)
+        record[kind] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    return record
+
+
+def refuse_pointer(path: str) -> None:
+    """Raise ValueError if a file is only Git LFS's pointer to it, and OSError if it is missing."""
+    with open(path, "rb") as file:
+        if file.read(100).startswith(GIT_LFS_POINTER.encode()):
+            raise ValueError(f"{path} is a Git LFS pointer; get the file itself with: git lfs pull")
+
+
+def read_record(tf_ckpt_path: str) -> object:
+    """Return the record of the last verification. None if there is none or it is damaged."""
+    try:
+        return json.loads(Path(tf_ckpt_path + RECORD_SUFFIX).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def write_record(tf_ckpt_path: str, record: dict) -> None:
+    """Write the record. If this fails or is interrupted, the next load verifies again."""
+    with contextlib.suppress(OSError):
+        Path(tf_ckpt_path + RECORD_SUFFIX).write_text(json.dumps(record), encoding="utf-8")
+
+
+def variable_shapes(hparams: dict, n_inner: int | None = None) -> Iterator[tuple[str, tuple]]:
+    """Yield the (name, shape) of each variable, as openai/gpt-2's model.py names them.
+
+    n_inner, the width of the hidden layer of mlp, is 4 * n_embd by default.
+    """
+    n_vocab, n_ctx, n_embd, _, n_layer = sizes_of(hparams)
+    n_inner = n_inner or 4 * n_embd
+    yield "model/wte", (n_vocab, n_embd)
+    yield "model/wpe", (n_ctx, n_embd)
+    yield "model/ln_f/g", (n_embd,)
+    yield "model/ln_f/b", (n_embd,)
     block = {
-        "ln_1/g": (n,),
-        "ln_1/b": (n,),
-        "attn/c_attn/w": (1, n, 3 * n),
-        "attn/c_attn/b": (3 * n,),
-    }
-    block |= {"attn/c_proj/w": (1, n, n), "attn/c_proj/b": (n,), "ln_2/g": (n,), "ln_2/b": (n,)}
-    block |= {
-        "mlp/c_fc/w": (1, n, n_inner),
+        "ln_1/g": (n_embd,),
+        "ln_1/b": (n_embd,),
+        "attn/c_attn/w": (1, n_embd, 3 * n_embd),
+        "attn/c_attn/b": (3 * n_embd,),
+        "attn/c_proj/w": (1, n_embd, n_embd),
+        "attn/c_proj/b": (n_embd,),
+        "ln_2/g": (n_embd,),
+        "ln_2/b": (n_embd,),
+        "mlp/c_fc/w": (1, n_embd, n_inner),
         "mlp/c_fc/b": (n_inner,),
-        "mlp/c_proj/w": (1, n_inner, n),
+        "mlp/c_proj/w": (1, n_inner, n_embd),
+        "mlp/c_proj/b": (n_embd,),
     }
-    block |= {"mlp/c_proj/b": (n,)}
     for layer in range(n_layer):
-        yield from ((f"model/h{layer}/{name}", shape) for name, shape in block.items())
+        for name, shape in block.items():
+            yield f"model/h{layer}/{name}", shape
 
 
-def _checked_names(found: dict, hparams: dict, where: str, n_inner: int | None = None) -> list[str]:
-    """Return the names of GPT-2's variables. Raise ValueError if found, {name: shape}, does not have them all."""
+def check_shapes(found: dict, hparams: dict, where: str) -> list[str]:
+    """Return the names of GPT-2's variables.
+
+    Raises ValueError, naming `where`, unless found, {name: shape}, has all of them.
+    """
     names = []
-    for name, shape in _variable_shapes(hparams, n_inner):
-        if name not in found or tuple(found[name]) not in (shape, shape[-2:]):
-            problem = f"has shape {list(found[name])}" if name in found else "is missing"
-            raise ValueError(
-                f"{where}: {name} {problem}, expected shape {list(shape)} from the model's sizes"
-            )
+    for name, shape in variable_shapes(hparams):
+        check_shape(where, name, found.get(name), shape)
         names.append(name)
-    if any(name.startswith(f"model/h{hparams['n_layer']}/") for name in found):
-        raise ValueError(f"{where} has more layers than n_layer, which is {hparams['n_layer']}")
+    n_layer = hparams["n_layer"]
+    if any(name.startswith(f"model/h{n_layer}/") for name in found):
+        raise ValueError(f"{where} has more layers than n_layer, which is {n_layer}")
     return names
 
 
-def _nested(variables: dict, hparams: dict) -> dict:
-    """{"model/h0/attn/c_attn/w": array, ...} -> {"blocks": [{"attn": {"c_attn": {"w": array, ...}}}]}."""
-    params = {"blocks": [{} for _ in range(hparams["n_layer"])]}
+def check_shape(where: str, name: str, found: Sequence[int] | None, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a variable was found with its shape. A leading 1 does not count."""
+    expected = f"expected shape {list(shape)} from the model's sizes"
+    if found is None:
+        raise ValueError(f"{where}: {name} is missing, {expected}")
+    if tuple(found) not in (shape, shape[-2:]):
+        raise ValueError(f"{where}: {name} has shape {list(found)}, {expected}")
+
+
+def nest(variables: dict[str, np.ndarray], hparams: dict) -> dict[str, Any]:
+    """Turn {"model/h0/ln_1/g": array, ...} into {"blocks": [{"ln_1": {"g": array, ...}}, ...]}."""
+    params: dict[str, Any] = {"blocks": [{} for _ in range(hparams["n_layer"])]}
     for name, array in variables.items():
         _, *keys, last = name.split("/")
         place = params
         for key in keys:
-            place = (
-                params["blocks"][int(key[1:])]
-                if re.fullmatch(r"h\d+", key)
-                else place.setdefault(key, {})
-            )
+            if re.fullmatch(r"h\d+", key):
+                place = params["blocks"][int(key[1:])]
+            else:
+                place = place.setdefault(key, {})
         array.flags.writeable = False
         place[last] = array.reshape(array.shape[-2:])  # a w is [1, n_in, n_out] in a checkpoint
     return params
@@ -689,46 +844,57 @@ def _nested(variables: dict, hparams: dict) -> dict:
 # TensorFlow
 
 
-def _read_with_tensorflow(tf_ckpt_path: str, hparams: dict, mapped: dict) -> dict[str, np.ndarray]:
-    """Read GPT-2's variables through TensorFlow, which verifies them -> {name: array}, mapped arrays where equal."""
-    for name, value in (
-        ("TF_CPP_MIN_LOG_LEVEL", "3"),
-        ("TF_ENABLE_ONEDNN_OPTS", "0"),
-    ):  # else it prints many lines
-        os.environ.setdefault(name, value)
+def read_with_tensorflow(tf_ckpt_path: str, hparams: dict, mapped: dict) -> dict[str, np.ndarray]:
+    """Read GPT-2's variables through TensorFlow, which verifies them -> {name: array}.
+
+    Where an array of mapped is equal, it is taken instead.
+    """
+    tf = import_tensorflow(tf_ckpt_path)
+    damaged = tf_ckpt_path + ".index"
+    variables = {}
     try:
-        import tensorflow as tf
-    except ImportError as error:
-        needed = f"TensorFlow must verify {tf_ckpt_path} on its first load, but cannot be imported ({error})"
-        raise ImportError(f"{needed}; install it with: pip install -r requirements.txt") from None
-    damaged, variables = tf_ckpt_path + ".index", {}
-    try:
-        with _without_wildcards(tf_ckpt_path) as path:
+        with plain_path(tf_ckpt_path) as path:
             reader = tf.train.load_checkpoint(path)
-            names = _checked_names(reader.get_variable_to_shape_map(), hparams, tf_ckpt_path)
-            damaged = " or ".join(sorted(glob.glob(glob.escape(tf_ckpt_path) + ".data-*")))
+            names = check_shapes(reader.get_variable_to_shape_map(), hparams, tf_ckpt_path)
+            damaged = " or ".join(data_files(tf_ckpt_path))
             for name in progress_bar(names, "first load"):
-                variables[name] = np.asarray(reader.get_tensor(name), np.float32)
-                if name in mapped and np.array_equal(
-                    variables[name].view(np.uint32), mapped[name].view(np.uint32)
-                ):
-                    variables[name] = mapped[name]
-    except (
-        tf.errors.OpError,
-        RuntimeError,
-        IndexError,
-    ) as error:  # IndexError: the data ends too early
+                array = np.asarray(reader.get_tensor(name), np.float32)
+                if name in mapped and is_equal_by_bits(array, mapped[name]):
+                    array = mapped[name]
+                variables[name] = array
+    except (tf.errors.OpError, RuntimeError, IndexError) as error:  # IndexError: the data is cut
         reason = str(error).splitlines()[0]
         if "No such file" in reason:  # one of several data files
             raise FileNotFoundError(reason) from None
-        raise ValueError(f"{damaged} is damaged: {reason}; {_REPLACE}") from None
+        raise ValueError(f"{damaged} is damaged: {reason}; {REPLACE}") from None
     return variables
 
 
+def is_equal_by_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
+def import_tensorflow(tf_ckpt_path: str) -> Any:
+    """Return the module. Raises ImportError that says why it is needed and how to install it."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # without these, it prints many lines
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    try:
+        import tensorflow
+    except ImportError as error:
+        raise ImportError(
+            f"TensorFlow must verify {tf_ckpt_path} on its first load, but cannot be imported "
+            f"({error}); install it with: pip install -r requirements.txt"
+        ) from None
+    return tensorflow
+
+
 @contextlib.contextmanager
-def _without_wildcards(path: str):
-    """Yield path, or the path of symlinks to its files if TensorFlow would treat path as a pattern."""
-    if not re.search(r"[*?\[\]\\]", path.replace(os.sep, "/")):
+def plain_path(path: str) -> Iterator[str]:
+    """Yield path, or the path of links to its files if TensorFlow cannot use it as it is.
+
+    It would treat path as a pattern, and it only takes UTF-8.
+    """
+    if not re.search(r"[*?\[\]\\\ud800-\udfff]", path.replace(os.sep, "/")):
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -737,126 +903,131 @@ def _without_wildcards(path: str):
         yield os.path.join(folder, "model")
 
 
-# Hugging Face
-
-# The supported values of config.json. The first is the default.
-_CONFIG = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
-_CONFIG_SIZES = {
-    "vocab_size": 50257,
-    "n_positions": 1024,
-    "n_embd": 768,
-    "n_head": 12,
-    "n_layer": 12,
-}  # the defaults
-_DTYPES = {
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": np.uint16,
-}  # BF16 is the upper half of a float32
-_CONVERT = "convert a pickle (*.bin) with transformers: AutoModelForCausalLM.from_pretrained(F).save_pretrained(F)"
+# safetensors
 
 
-def _load_hugging_face(config_path: str) -> tuple[dict, dict]:
-    """Load config.json and the *.safetensors beside it -> (hparams, params). Maps float32, converts other types."""
-    config, model_dir = _read_json(config_path), os.path.dirname(config_path)
-    for key, values in _CONFIG.items():
-        if config.get(key, values[0]) not in values:
-            raise ValueError(
-                f"{config_path}: {key} {config[key]!r} is not supported, only {values[0]!r}"
-            )
-    config = {"n_positions": config.get("n_ctx", 1024)} | config
-    sizes = [config.get(key, default) for key, default in _CONFIG_SIZES.items()]
-    hparams = _checked_hparams(dict(zip(HPARAMS, sizes, strict=True)), config_path)
-    tensors = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(model_dir), "*.safetensors"))):
-        for name, tensor in _read_safetensors(path).items():
-            if tensors.setdefault(_our_name(name), tensor) is not tensor:
-                raise ValueError(
-                    f"{path} holds the tensor {name}, which occurs twice in this folder"
-                )
-    if not tensors:  # a pickle is never opened: it can run code
-        raise FileNotFoundError(f"{os.path.abspath(model_dir)} holds no *.safetensors; {_CONVERT}")
-    shapes = {name: tensor[3] for name, tensor in tensors.items()}
-    names = _checked_names(shapes, hparams, model_dir, config.get("n_inner"))
-    variables = {name: _array(*tensors[name]) for name in names}
-    head = tensors.get("lm_head/w")
-    if head and not np.array_equal(_array(*head), variables["model/wte"]):
-        raise ValueError(
-            f"{head[0]}: lm_head.weight differs from wte.weight, which is not supported"
-        )
-    return hparams, _nested(variables, hparams)
+def read_safetensors(path: str) -> dict[str, np.ndarray]:
+    """Read a file -> {name: float32 array}.
 
-
-def _our_name(name: str) -> str:
-    """h.0.attn.c_attn.weight, with or without transformer. before it -> model/h0/attn/c_attn/w."""
-    name = (
-        re.sub(r"^(transformer\.)?(h\.|wte|wpe|ln_f)", r"model.\2", name)
-        .replace(".h.", ".h")
-        .replace(".", "/")
-    )
-    name = re.sub(r"(wte|wpe)/weight$", r"\1", name).removesuffix("eight").removesuffix("ias")
-    return re.sub(r"(ln_.)/w$", r"\1/g", name)
-
-
-def _read_safetensors(path: str) -> dict[str, tuple]:
-    """Read the header of a file -> {name: (path, content, dtype, shape, begin, end)}. Every field is checked."""
-    try:
-        with open(path, "rb") as file:
+    A file is 8 bytes with the length of the header, the header in JSON, and the data.
+    """
+    refuse_pointer(path)
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        try:
+            if start > MAX_HEADER_BYTES:
+                raise ValueError(f"its header cannot have {start - 8} bytes")
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start = end = 8 + int.from_bytes(
-            content[:8], "little"
-        )  # 8 bytes: the length of the JSON after them
-        is_valid, tensors = 8 < start <= min(len(content), 100_000_000), {}
-        text = content[8:start].decode("utf-8") if is_valid else "{}"
-        header = json.loads(
-            text,
-            object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else 0,
-        )
-        header.pop("__metadata__", None)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            (begin, stop), shape = entry["data_offsets"], entry["shape"]
-            is_valid &= (
-                set(map(type, (begin, stop, *shape))) == {int} and min(stop - begin, *shape, 0) >= 0
-            )
-            is_valid &= start + begin == end  # no gap, no overlap
-            end = start + stop
-            tensors[name] = path, content, entry["dtype"], tuple(shape), start + begin, end
-        if is_valid and end == len(content):
-            return tensors
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        pass
-    raise ValueError(f"{path} is damaged: its header is not valid; {_REPLACE}")
+            header = json.loads(content[8:start].decode("utf-8"))
+            header.pop("__metadata__", None)
+            return read_tensors(header, memoryview(content)[start:])
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+            problem = f"is damaged or not supported: {type(error).__name__}: {error}"
+        except RecursionError:
+            problem = "is damaged: its header is nested too deeply"
+    raise ValueError(f"{path} {problem}; {REPLACE}")
 
 
-def _array(
-    path: str, content: mmap.mmap, dtype: str, shape: tuple, begin: int, end: int
-) -> np.ndarray:
+def read_tensors(header: dict[str, Any], data: memoryview) -> dict[str, np.ndarray]:
+    """Return the tensors that a header describes.
+
+    Raises ValueError unless they fill the data exactly, one after another.
+    """
+    tensors = {}
+    position = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if begin != position:
+            raise ValueError(f"a gap or an overlap at {name!r}")
+        if not name.endswith(MASKS):
+            tensors[name] = to_array(data[begin:end], entry["dtype"], entry["shape"])
+        position = end
+    if position != len(data):
+        raise ValueError("the tensors end elsewhere than the file")
+    return tensors
+
+
+def to_array(data: memoryview, dtype: str, shape: list[int]) -> np.ndarray:
     """Return a tensor as a float32 array, mapped if it is stored as aligned float32."""
-    if dtype not in tuple(_DTYPES):
-        raise ValueError(
-            f"{path}: tensors of type {dtype!r} are not supported, only {', '.join(_DTYPES)}"
-        )
-    if end - begin != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
-        raise ValueError(
-            f"{path} is damaged: a tensor of shape {list(shape)} has {end - begin} bytes; {_REPLACE}"
-        )
-    array = np.frombuffer(content, _DTYPES[dtype], math.prod(shape), begin).reshape(shape)
+    if dtype not in list(DTYPES):
+        raise ValueError(f"type {dtype!r} is not one of {', '.join(DTYPES)}")
+    array = np.frombuffer(data, DTYPES[dtype]).reshape(shape)
     if dtype == "BF16":
         array = (array.astype(np.uint32) << 16).view(np.float32)
     return np.require(array, np.float32, "A")
 
 
+# The Hugging Face Hub
+
+
+def download_from_hub(name: str, model_dir: str) -> None:
+    """Download the model owner/name from the Hugging Face Hub into the folder model_dir.
+
+    The package huggingface_hub does the work. It reads HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE
+    from the environment, and it resumes an interrupted download, which is kept in model_dir.part.
+
+    Raises ConnectionError if the model cannot be downloaded, FileNotFoundError or ValueError,
+    before its weights are downloaded, if it is not a GPT-2 in safetensors, and ImportError if the
+    package is missing.
+    """
+    try:
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.utils import disable_progress_bars
+    except ImportError:
+        problem = f"{name} is downloaded with the package huggingface_hub; install it with"
+        raise ImportError(f"{problem}: pip install huggingface_hub") from None
+    from hugging_face import CONVERT, WEIGHTS, read_config, read_encoder
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # they would fill a log file
+    part = model_dir + ".part"
+    info = ask_hub(HfApi().repo_info, name, revision="main")
+    files = {sibling.rfilename for sibling in info.siblings or []}
+    options = {"revision": info.sha, "local_dir": part}
+    try:
+        for needed in (["config.json"], [WEIGHTS, WEIGHTS + ".index.json"]):
+            if files.isdisjoint(needed):
+                raise FileNotFoundError(f"{name} on the Hub has no {needed[0]}; {CONVERT}")
+        ask_hub(snapshot_download, name, allow_patterns=HUB_FILES, **options)
+        read_config(os.path.join(part, "config.json"))
+        read_encoder(part)
+    except (ValueError, FileNotFoundError):
+        shutil.rmtree(part, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(model_dir))  # the owner's folder, if it is empty
+        raise
+    weights = [WEIGHTS] if WEIGHTS in files else ["model-*.safetensors"]
+    ask_hub(snapshot_download, name, allow_patterns=weights, **options)
+    os.replace(part, model_dir)
+
+
+def ask_hub(function: Callable, name: str, **options: Any) -> Any:
+    """Call a function of huggingface_hub. Its errors have many types; make them one line of one."""
+    try:
+        return function(name, **options)
+    except Exception as error:
+        response = getattr(error, "response", None)
+        status = getattr(response, "status_code", None)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if status in (401, 403):
+        reason = "it does not exist, or it is private or gated and needs a token in HF_TOKEN"
+    elif status == 404:
+        reason = "it does not exist"
+    raise ConnectionError(f"cannot download {name} from the Hugging Face Hub: {reason}")
+
+
 # The terminal, shared by gpt2.py and the examples
 
-PACKAGES = ("fire", "huggingface_hub", "numpy", "regex", "requests", "threadpoolctl", "tqdm")
+PACKAGES = (
+    "distributed",
+    "fire",
+    "huggingface_hub",
+    "numpy",
+    "regex",
+    "requests",
+    "threadpoolctl",
+    "tqdm",
+)
 
 
 class UsageError(ValueError):
@@ -986,7 +1157,7 @@ def read_standard_input() -> bytes:
     return sys.stdin.read().encode("utf-8", "surrogateescape")
 
 
-def progress_bar(*args, **kwargs):
+def progress_bar(*args: Any, **kwargs: Any) -> Any:
     """Return a tqdm bar that is shown in a notebook and on a terminal, but not in a log file."""
     if "ipykernel" not in sys.modules:
         from tqdm import tqdm

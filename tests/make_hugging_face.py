@@ -6,11 +6,15 @@ Each folder is a model with random weights. expected.npz holds transformers' log
 ids that tokenizers gives for some difficult texts.
 """
 
+import contextlib
 import json
+import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
+from hugging_face_kinds import CONFIGS, END_PROMPT, ENDS, KIND_TEXTS, TOKENIZERS, edit
 
 DATA_DIR = Path(__file__).parent / "data"
 FOLDER = DATA_DIR / "hugging_face"
@@ -143,6 +147,83 @@ def results(model, n_tokens, seed):
     }
 
 
+# Edited folders
+
+
+@contextlib.contextmanager
+def edited(base, edits):
+    """Yield a copy of a folder, with edits."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = shutil.copytree(FOLDER / base, Path(folder) / "model")
+        edit(folder, edits)
+        yield folder
+
+
+def config_results():
+    """{name: array}: what a model computes that has the weights of `whole` and another config."""
+    from transformers import GPT2LMHeadModel
+
+    arrays = {}
+    for name, settings in CONFIGS.items():
+        with edited("whole", {"config.json": settings}) as folder:
+            model = GPT2LMHeadModel.from_pretrained(folder).eval()
+        found = results(model, 280, seed=0)
+        arrays |= {f"{name}/{key}": found[key] for key in ("logits", "greedy")}
+    return arrays
+
+
+def end_results():
+    """{name: what generate adds to some ids}, for different ids that end a text."""
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    prompt = torch.tensor([END_PROMPT])
+    n_prompt = len(END_PROMPT)
+    options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    with edited("whole", {}) as folder:
+        plain = GPT2LMHeadModel.from_pretrained(folder).generate(prompt, **options)[0].tolist()
+    firsts = [i for i in dict.fromkeys(plain[n_prompt:]) if i not in plain[:n_prompt]]
+    ids = {"EARLY": firsts[1], "LATE": firsts[2]}
+    found = {}
+    for name, files in ENDS.items():
+        files = json.loads(re.sub('"(EARLY|LATE)"', lambda m: str(ids[m[1]]), json.dumps(files)))
+        edits = {"config.json": files[0]}
+        if files[1]:
+            edits["generation_config.json"] = files[1]
+        with edited("whole", edits) as folder:
+            new = GPT2LMHeadModel.from_pretrained(folder).generate(prompt, **options)[0].tolist()
+        found[name] = {"edits": edits, "all": plain[n_prompt:], "new": new[n_prompt:]}
+    return found
+
+
+def tokenizer_results():
+    """{name: ids of KIND_TEXTS}, from transformers and, where these differ, from tokenizers.
+
+    GPT2Tokenizer of transformers ignores some of what tokenizer.json says; tokenizers does not.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    found = {}
+    for name, kind in TOKENIZERS.items():
+        with edited(kind.base, kind.edits) as folder:
+            path = folder / "tokenizer.json"
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+                found[name] = {"transformers": [tokenizer.encode(text) for text in KIND_TEXTS]}
+            except Exception as error:
+                print(name, "-> transformers:", str(error)[:150])
+                found[name] = {}
+            with contextlib.suppress(BaseException):  # a panic of tokenizers is one
+                tokenizer = Tokenizer.from_file(str(path))
+                tokenizer.no_truncation()
+                ids = [tokenizer.encode(text).ids for text in KIND_TEXTS]
+                if ids != found[name].get("transformers"):
+                    found[name]["tokenizers"] = ids
+                    print(name, "-> tokenizers differs")
+    return found
+
+
 def main():
     import torch
 
@@ -196,8 +277,12 @@ def main():
             save_tokenizer_json,
             random_model(288, seed=9, n_embd=10, n_head=5),
         )
+        expected_arrays |= config_results()
+        expected_ends = end_results()
     np.savez_compressed(FOLDER / "expected.npz", **expected_arrays)
-    content = json.dumps({"texts": TEXTS, "ids": expected_ids}, separators=(",", ":"))
+    content = {"texts": TEXTS, "ids": expected_ids, "ends": expected_ends}
+    content["tokenizers"] = tokenizer_results()
+    content = json.dumps(content, separators=(",", ":"))
     (FOLDER / "expected.json").write_text(content + "\n")
 
 

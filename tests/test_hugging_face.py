@@ -18,6 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hugging_face_kinds import (
+    CONFIGS,
+    END_PROMPT,
+    KIND_TEXTS,
+    REMOVE,
+    TOKENIZERS,
+    edit,
+)
 
 import utils
 from encoder import get_encoder
@@ -32,6 +40,7 @@ VOCABULARIES = sorted(EXPECTED["ids"])
 LOGITS_STEP = 19  # of make_hugging_face.py
 N_FLIPS = int(os.environ.get("NPGPT_FLIPS", 100))  # a long run by hand: 5000
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 C_FC = "transformer.h.1.mlp.c_fc.weight"
 
 
@@ -156,6 +165,52 @@ def test_logits_and_greedy_ids_are_transformers(name, expected):
     assert generate(ids[:4].tolist(), params, hparams["n_head"], len(greedy)) == greedy.tolist()
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_variants_of_the_model_are_computed_as_transformers_does(model_dir, name, expected):
+    edit(model_dir, {"config.json": CONFIGS[name]})
+    _, hparams, params = load(model_dir)
+    logits = expected[f"{name}/logits"]
+    found = gpt2(expected["whole/ids"], **params, n_head=hparams["n_head"])[:, ::LOGITS_STEP]
+    np.testing.assert_allclose(found, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+    greedy = expected[f"{name}/greedy"].tolist()
+    ids = expected["whole/ids"][:4].tolist()
+    assert generate(ids, params, hparams["n_head"], len(greedy)) == greedy
+
+
+def test_params_of_gpt2_itself_hold_arrays_alone():
+    assert all(isinstance(array, np.ndarray) for array in flat(load(FOLDER / "whole")[2]).values())
+
+
+@pytest.mark.parametrize("name", EXPECTED["ends"])
+def test_the_ids_that_end_a_text_are_those_of_transformers(model_dir, name):
+    case = EXPECTED["ends"][name]
+    edit(model_dir, case["edits"])
+    encoder, hparams, params = load(model_dir)
+    ids = generate(END_PROMPT, params, hparams["n_head"], len(case["all"]))
+    assert ids == case["all"]
+    ends = [i for i, token_id in enumerate(ids) if token_id in encoder.end_ids]
+    assert ids[: ends[0] + 1 if ends else None] == case["new"]
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "start", "ends"),
+    [
+        ({"bos_token_id": 3, "eos_token_id": 4}, {}, 3, {4}),
+        ({"bos_token_id": None, "eos_token_id": [4, 5]}, {}, 4, {4, 5}),
+        ({"bos_token_id": 3, "eos_token_id": 4}, {"bos_token_id": 6, "eos_token_id": 7}, 6, {7}),
+        ({"bos_token_id": 3, "eos_token_id": 4}, {"eos_token_id": None}, 3, {4}),
+        ({"bos_token_id": REMOVE, "eos_token_id": REMOVE}, {}, 279, {279}),  # 50256 has no row
+        ({"bos_token_id": 280, "eos_token_id": 5}, {}, 5, {5}),
+        ({"bos_token_id": None, "eos_token_id": None}, {}, 279, set()),
+    ],
+)
+def test_the_ids_that_start_and_end_a_text(model_dir, config, generation, start, ends):
+    edit(model_dir, {"config.json": config, "generation_config.json": generation})
+    encoder = load(model_dir)[0]
+    assert encoder.decode([279]) == "<|endoftext|>"
+    assert (encoder.start_id, encoder.end_ids) == (start, ends)
+
+
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_ids_are_those_of_tokenizers(name):
     encoder = get_encoder(name, str(FOLDER))
@@ -164,31 +219,47 @@ def test_ids_are_those_of_tokenizers(name):
         assert encoder.decode(ids) == text
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_each_setting_of_a_tokenizer_is_obeyed_or_refused(copy, name):
+    """The ids are those of transformers or, where it ignores its own file, of tokenizers."""
+    kind = TOKENIZERS[name]
+    model_dir = copy(kind.base)
+    edit(model_dir, kind.edits)
+    if kind.refused:
+        with pytest.raises(ValueError, match=re.escape(kind.refused)) as error:
+            get_encoder(model_dir.name, str(model_dir.parent))
+        assert re.search(r"token\w+\.json|vocab\.json", str(error.value))
+        return
+    encoder = get_encoder(model_dir.name, str(model_dir.parent))
+    oracle = EXPECTED["tokenizers"][name]
+    found = [encoder.encode(text, allowed_special="all") for text in KIND_TEXTS]
+    assert found == oracle.get("transformers", oracle.get("tokenizers"))
+
+
+def test_most_settings_of_a_tokenizer_are_obeyed():
+    assert len(TOKENIZERS) >= 60
+    assert sum(kind.refused is None for kind in TOKENIZERS.values()) >= 40
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_hparams_and_params_are_those_of_the_files(name):
     encoder, hparams, params = load(FOLDER / name)
     config = json.loads((FOLDER / name / "config.json").read_text())
-    sizes = {"n_ctx": config["n_positions"]} | {
-        key: config[key] for key in ("n_embd", "n_head", "n_layer")
-    }
-    assert hparams == {"n_vocab": len(encoder.encoder)} | sizes
+    sizes = {key: config[key] for key in ("n_embd", "n_head", "n_layer")}
+    assert hparams == {"n_vocab": len(encoder.decoder), "n_ctx": config["n_positions"]} | sizes
     assert_params(params, stored_tensors(FOLDER / name), hparams["n_vocab"])
 
 
 # The vocabulary
 
 
-def test_tokens_of_added_tokens_json_are_read_or_cut_off():
+def test_rows_of_added_tokens_stay():
     encoder, hparams, params = load(FOLDER / "added_tokens")
-    n_vocab = hparams["n_vocab"]
-    assert n_vocab == len(params["wte"]) == len(encoder.encoder)
-    assert [encoder.decode([i]) for i in range(286, n_vocab)] in (
-        ["<|endoftext|>"],
-        ["<|endoftext|>", "<sep>", "<|user name|>"],
-    )
+    assert hparams["n_vocab"] == len(params["wte"]) == 289
+    assert encoder.decode([286, 287, 288]) == "<|endoftext|><sep><|user name|>"
 
 
-def test_the_padding_of_a_vocabulary_is_cut_off():
+def test_rows_without_a_token_are_cut_off(capsys):
     """vocab_size is 320, but there are 280 tokens: other ids are neither generated nor accepted."""
     encoder, hparams, params = load(FOLDER / "padded")
     assert hparams["n_vocab"] == len(params["wte"]) == 280
@@ -197,13 +268,32 @@ def test_the_padding_of_a_vocabulary_is_cut_off():
         encoder.decode([280])
     with pytest.raises(ValueError, match="280"):
         gpt2([280], **params, n_head=hparams["n_head"])
+    assert capsys.readouterr().err == ""
 
 
-def test_a_vocabulary_that_is_too_large_is_refused(copy, model_dir):
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(FOLDER / "special_tokens_first" / name, model_dir)
-    with pytest.raises(ValueError, match="290 tokens, but .*280"):
-        load(model_dir)
+def write_rows(model_dir, n_rows):
+    """Give wte another number of rows."""
+    wte = np.resize(TENSORS["wte.weight"], (n_rows, 8))
+    write_tensors(model_dir / WEIGHTS, TENSORS | {"wte.weight": wte})
+    edit(model_dir, {"config.json": {"vocab_size": n_rows}})
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "n_vocab", "warns"),
+    [(407, 280, False), (408, 280, True), (279, 279, False), (153, 153, False), (152, 152, True)],
+)
+def test_rows_and_tokens_that_do_not_match(model_dir, capsys, n_rows, n_vocab, warns):
+    write_rows(model_dir, n_rows)
+    encoder, hparams, params = load(model_dir)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == warns
+    assert all(f"{n_rows} rows" in line and "280 tokens" in line for line in lines)
+    assert hparams["n_vocab"] == len(params["wte"]) == n_vocab
+    ids = encoder.encode("<|endoftext|>", allowed_special="all")
+    assert ids == [279]
+    if n_rows < 280:
+        with pytest.raises(ValueError, match=f"279 is not a token id.*{n_rows}"):
+            gpt2(ids, **params, n_head=hparams["n_head"])
 
 
 @pytest.mark.parametrize(
@@ -222,41 +312,32 @@ def test_special_tokens_are_decoded_as_written(name, tokens):
 
 
 def write_tokenizer(model_dir, merges, added_tokens=(), **options):
-    """Write a tokenizer.json with the 256 bytes, the tokens that the merges make, and added tokens."""
+    """Write a tokenizer.json with the 256 bytes, the tokens of the merges, and added tokens."""
     content = json.loads((FOLDER / "tokenizer_json" / "tokenizer.json").read_text(encoding="utf-8"))
     tokens = [token for token, token_id in content["model"]["vocab"].items() if token_id < 256]
     tokens += ["".join(merge) for merge in merges]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     content["model"] |= {"vocab": vocabulary, "merges": merges} | options
-    content["added_tokens"] = [
-        {"content": token, "id": len(tokens) + i} for i, token in enumerate(added_tokens)
-    ]
+    added = enumerate(added_tokens, len(tokens))
+    content["added_tokens"] = [{"content": token, "id": i} for i, token in added]
     (model_dir / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    return lambda: get_encoder(model_dir.name, str(model_dir.parent))
+    return get_encoder(model_dir.name, str(model_dir.parent))
 
 
-def test_merges_apply_to_a_word_that_is_a_token(tmp_path):
-    """transformers joins "b c" first and never makes "abc", although that is in the vocabulary."""
-    encoder = write_tokenizer(tmp_path, [["b", "c"], ["a", "b"], ["ab", "c"]])()
-    assert encoder.encode("abc") == [encoder.encoder["a"], encoder.encoder["bc"]]
+@pytest.mark.parametrize(("ignored", "tokens"), [(False, ["a", "bc"]), (True, ["abc"])])
+def test_merges_of_a_word_that_is_a_token(tmp_path, ignored, tokens):
+    """tokenizers joins "b c" first and never makes "abc", unless ignore_merges is set."""
+    merges = [["b", "c"], ["a", "b"], ["ab", "c"]]
+    encoder = write_tokenizer(tmp_path, merges, ignore_merges=ignored)
+    assert encoder.encode("abc") == [encoder.encoder[token] for token in tokens]
 
 
-def test_a_tokenizer_that_ignores_merges_for_whole_words(tmp_path):
-    """With ignore_merges, tokenizers takes such a word whole. This must be refused or done."""
-    read = write_tokenizer(tmp_path, [["b", "c"], ["a", "b"], ["ab", "c"]], ignore_merges=True)
-    with contextlib.suppress(ValueError):
-        assert read().encode("abc") == [258]
-
-
-def test_a_special_token_of_vocab_json_may_contain_a_space(copy):
-    """ByteLevelBPETokenizer(...).train(..., special_tokens=["<|user name|>"]), then save_model."""
-    model_dir = copy("special_tokens_first")
-    text = (model_dir / "vocab.json").read_text(encoding="utf-8")
-    (model_dir / "vocab.json").write_text(
-        text.replace('"<mask>"', '"<|user name|>"'), encoding="utf-8"
-    )
-    encoder = get_encoder(model_dir.name, str(model_dir.parent))
-    assert encoder.decode([4]) == "<|user name|>"
+@pytest.mark.parametrize("token", ["the", "the end", "t h", "\n<sep>", "你好"])
+def test_an_added_token_may_be_any_text(tmp_path, token):
+    """tokenizer.add_tokens(["the"]) of transformers: it is made wherever the text has it."""
+    encoder = write_tokenizer(tmp_path, [["t", "h"]], added_tokens=[token])
+    assert encoder.encode(f"x{token}y") == [encoder.encoder["x"], 257, encoder.encoder["y"]]
+    assert encoder.decode([257]) == token
 
 
 def test_the_older_form_of_tokenizer_json(copy):
@@ -272,12 +353,68 @@ def test_the_older_form_of_tokenizer_json(copy):
     assert list(map(encoder.encode, EXPECTED["texts"])) == EXPECTED["ids"]["tokenizer_json"]
 
 
-@pytest.mark.parametrize("token", ["the", "the end", "t h", "\n<sep>", "你好"])
-def test_an_added_token_may_be_any_text(tmp_path, token):
-    """tokenizer.add_tokens(["the"]) of transformers. No merge makes it, so it is only decoded."""
-    encoder = write_tokenizer(tmp_path, [["t", "h"]], added_tokens=[token])()
-    assert encoder.decode([257]) == token
-    assert encoder.encode("the") == [256, encoder.encoder["e"]]
+def reorder(tokens):
+    """The ids of a vocabulary in another order: special tokens and bytes anywhere."""
+    return dict(zip(sorted(tokens, key=lambda token: token[::-1]), range(len(tokens)), strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda merges: merges.removeprefix("#version: 0.2\n"),
+        lambda merges: merges.replace("\n", "\r\n"),
+        lambda merges: merges + "\n",
+        lambda merges: "\ufeff" + merges,
+    ],
+    ids=["no version", "CRLF", "empty line", "byte order mark"],
+)
+def test_other_forms_of_merges(model_dir, change):
+    path = model_dir / "merges.txt"
+    path.write_bytes(change(path.read_text(encoding="utf-8")).encode())
+    encoder = get_encoder(model_dir.name, str(model_dir.parent))
+    assert list(map(encoder.encode, EXPECTED["texts"])) == EXPECTED["ids"]["whole"]
+
+
+def test_tokens_in_any_order(model_dir):
+    path = model_dir / "vocab.json"
+    old = json.loads(path.read_text(encoding="utf-8"))
+    new = reorder(old)
+    path.write_text("\ufeff" + json.dumps(new), encoding="utf-8")
+    encoder = get_encoder(model_dir.name, str(model_dir.parent))
+    new_ids = {old[token]: new[token] for token in old}
+    for text, ids in zip(EXPECTED["texts"], EXPECTED["ids"]["whole"], strict=True):
+        assert encoder.encode(text) == [new_ids[i] for i in ids]
+
+
+def without_z(content):
+    del content["model"]["vocab"]["z"]
+    tokens = sorted(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    content["model"]["vocab"] = {token: i for i, token in enumerate(tokens)}
+    content["added_tokens"] = []
+
+
+def test_a_missing_byte_is_an_error_only_where_it_is_needed(copy):
+    model_dir = copy("tokenizer_json")
+    edit_json(model_dir / "tokenizer.json", without_z)
+    encoder = get_encoder(model_dir.name, str(model_dir.parent))
+    assert encoder.decode(encoder.encode("the end")) == "the end"
+    with pytest.raises(ValueError, match="'z'"):
+        encoder.encode("a zoo")
+    edit(model_dir, {"tokenizer.json": {"model.unk_token": "!"}})
+    encoder = get_encoder(model_dir.name, str(model_dir.parent))
+    assert [encoder.decoder[i] for i in encoder.encode("azzb")] == ["a", "!", "!", "b"]
+    edit(model_dir, {"tokenizer.json": {"model.fuse_unk": True}})
+    with pytest.raises(ValueError, match="'z'"):
+        get_encoder(model_dir.name, str(model_dir.parent)).encode("azzb")
+
+
+def test_tokenizer_json_comes_before_vocab_json(copy):
+    """As AutoTokenizer of transformers 5 has it."""
+    model_dir = copy("tokenizer_json")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(FOLDER / "special_tokens_first" / name, model_dir)
+    encoder = get_encoder(model_dir.name, str(model_dir.parent))
+    assert list(map(encoder.encode, EXPECTED["texts"])) == EXPECTED["ids"]["tokenizer_json"]
 
 
 def edit_json(path, change):
@@ -287,35 +424,31 @@ def edit_json(path, change):
 
 
 TOKENIZER_FAULTS = {
-    "lower case": lambda content: content.update(normalizer={"type": "Lowercase"}),
-    "another splitter": lambda content: content.update(pre_tokenizer={"type": "Whitespace"}),
-    "no splitter": lambda content: content.update(pre_tokenizer=None),
-    "a space in front": lambda content: content["pre_tokenizer"].update(add_prefix_space=True),
-    "words are not split": lambda content: content["pre_tokenizer"].update(use_regex=False),
-    "no model": lambda content: content.pop("model"),
-    "no merges": lambda content: content["model"].pop("merges"),
-    "merges of numbers": lambda content: content["model"].update(merges=[[1, 2]]),
-    "merges of lists": lambda content: content["model"].update(merges=[[["t"], ["h"]]]),
-    "merges of three": lambda content: content["model"]["merges"][0].append(""),
-    "merges of one": lambda content: content["model"].update(merges=[["th"]]),
-    "merges of nothing": lambda content: content["model"].update(merges=[None]),
-    "merges are no list": lambda content: content["model"].update(merges=3),
-    "ids are text": lambda content: content["model"]["vocab"].update(th="256"),
-    "an id twice": lambda content: content["model"]["vocab"].update(th=257),
-    "a byte missing": lambda content: content["model"]["vocab"].pop("!"),
-    "vocabulary is a list": lambda content: content["model"].update(vocab=[]),
-    "added tokens are numbers": lambda content: content.update(added_tokens=[1]),
-    "added token without id": lambda content: content["added_tokens"][0].pop("id"),
-    "added token is half a character": lambda content: content["added_tokens"][0].update(
-        content="\ud800"
-    ),
+    "no model": {"model": REMOVE},
+    "no merges": {"model.merges": REMOVE},
+    "merges of numbers": {"model.merges": [[1, 2]]},
+    "merges of lists": {"model.merges": [[["t"], ["h"]]]},
+    "merges of three": {"model.merges": [["t", "h", ""]]},
+    "merges of one": {"model.merges": [["th"]]},
+    "merges of nothing": {"model.merges": [None]},
+    "merges are no list": {"model.merges": 3},
+    "merges of unknown tokens": {"model.merges": [["q", "u"]]},
+    "a merge twice": {"model.merges": [["t", "h"], ["t", "h"]]},
+    "ids are text": {"model.vocab.th": "256"},
+    "an id twice": {"model.vocab.th": 257},
+    "an id beyond the count": {"model.vocab.th": 300},
+    "vocabulary is a list": {"model.vocab": []},
+    "added tokens are numbers": {"added_tokens": [1]},
+    "added token with another id": {"added_tokens.0.id": 5},
+    "added token is half a character": {"added_tokens.1.content": "\ud800"},
+    "template without its token": {"post_processor": {"type": "TemplateProcessing", "single": [1]}},
 }
 
 
 @pytest.mark.parametrize("fault", TOKENIZER_FAULTS)
-def test_another_tokenizer_is_refused(copy, fault):
+def test_a_damaged_tokenizer_is_refused(copy, fault):
     model_dir = copy("tokenizer_json")
-    edit_json(model_dir / "tokenizer.json", TOKENIZER_FAULTS[fault])
+    edit(model_dir, {"tokenizer.json": TOKENIZER_FAULTS[fault]})
     assert_one_line(model_dir, ValueError, "tokenizer.json")
 
 
@@ -356,6 +489,14 @@ def test_an_output_layer_that_equals_wte(model_dir, dtype):
     head = wte.astype(np.float32 if dtype == "F32" else np.float16)
     add_tensors(model_dir / WEIGHTS, **{"lm_head.weight": (dtype, head)})
     assert_params(load(model_dir)[2], TENSORS | {"wte.weight": wte.astype(np.float32)})
+
+
+def test_an_output_layer_in_place_of_wte(model_dir):
+    """transformers ties the two, whichever is there."""
+    tensors = dict(TENSORS)
+    tensors["lm_head.weight"] = tensors.pop("wte.weight")
+    write_tensors(model_dir / WEIGHTS, tensors)
+    assert_params(load(model_dir)[2], TENSORS)
 
 
 def test_an_output_layer_of_its_own_is_refused(model_dir):
@@ -477,13 +618,10 @@ def test_a_configuration_of_the_same_computation(model_dir, key, value):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(
-            ("activation_function", value)
-            for value in ("gelu", "relu", "gelu_fast", None, ["gelu_new"], 1)
-        ),
-        *(("layer_norm_epsilon", value) for value in (1e-6, 0, "1e-05", None, math.nan, math.inf)),
-        *(("scale_attn_weights", value) for value in (False, None, "true")),
-        *(("scale_attn_by_inverse_layer_idx", value) for value in (True, "false")),
+        *(("activation_function", value) for value in ("gelu_fast", "tanh", None, ["gelu_new"], 1)),
+        *(("layer_norm_epsilon", value) for value in (0, -1e-5, "1e-05", None, math.nan, math.inf)),
+        *(("scale_attn_weights", value) for value in (0, None, "true")),
+        *(("scale_attn_by_inverse_layer_idx", value) for value in (1, "false")),
         *(("add_cross_attention", value) for value in (True, [])),
         *(("tie_word_embeddings", value) for value in (False, None)),
         *(("model_type", value) for value in ("gptj", "gpt_neo", None, {})),
@@ -506,7 +644,7 @@ def test_another_configuration_is_refused_with_its_value(model_dir, key, value):
         assert repr(value) in message
 
 
-CONFIGS = {
+DAMAGED_CONFIGS = {
     "empty": b"",
     "html": b"<html>",
     "list": b"[]",
@@ -516,7 +654,6 @@ CONFIGS = {
     "two objects": b"{}{}",
     "not UTF-8": b'{"n_embd": "\xff"}',
     "UTF-16": '{"n_embd": 8}'.encode("utf-16"),
-    "byte order mark": b"\xef\xbb\xbf{}",
     "deep nesting": b'{"a":' * 100_000,
     "long number": b'{"n_embd": ' + b"9" * 5000 + b"}",
     "control character": b'{"a\nb": 1}',
@@ -524,9 +661,9 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("content", CONFIGS)
+@pytest.mark.parametrize("content", DAMAGED_CONFIGS)
 def test_a_damaged_config(model_dir, content):
-    (model_dir / "config.json").write_bytes(CONFIGS[content])
+    (model_dir / "config.json").write_bytes(DAMAGED_CONFIGS[content])
     assert_one_line(model_dir, ValueError, "config.json")
 
 
@@ -692,29 +829,34 @@ def test_headers_are_100_megabytes_at_most(model_dir):
     assert_one_line(model_dir, ValueError, WEIGHTS)
 
 
-def test_a_name_twice_in_one_header(model_dir):
-    header, data = read_safetensors(model_dir / WEIGHTS)
-    twice = json.dumps(header)[:-1] + f', "{C_FC}": {json.dumps(header[C_FC])}' + "}"
-    write_safetensors(model_dir / WEIGHTS, twice.encode(), data)
-    assert_one_line(model_dir, ValueError, WEIGHTS)
-
-
 @pytest.mark.parametrize("prefix", ["", "transformer."])
-def test_a_name_in_two_files(model_dir, prefix):
-    write_tensors(model_dir / "other.safetensors", {f"{prefix}ln_f.bias": TENSORS["ln_f.bias"]})
-    assert_one_line(model_dir, ValueError, "ln_f.bias")
+def test_a_name_in_two_files(copy, prefix):
+    model_dir = copy("sharded")
+    path = max(model_dir.glob("*.safetensors"))
+    add_tensors(path, **{f"{prefix}wte.weight": ("F32", TENSORS["wte.weight"])})
+    assert_one_line(model_dir, ValueError, "wte.weight")
+
+
+def test_files_that_nobody_names_are_not_read(model_dir):
+    (model_dir / "model.fp16.safetensors").write_bytes(b"damaged")
+    shutil.copy(FOLDER / "sharded" / INDEX, model_dir)  # model.safetensors comes before it
+    assert_params(load(model_dir)[2], TENSORS)
+    (model_dir / WEIGHTS).unlink()
+    assert_one_line(model_dir, FileNotFoundError, "model-00001-of-00003.safetensors")
+    (model_dir / INDEX).unlink()
+    assert_one_line(model_dir, FileNotFoundError, WEIGHTS, "save_pretrained")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
+def test_a_damaged_index(copy, content):
+    model_dir = copy("sharded")
+    (model_dir / INDEX).write_text(content)
+    assert_one_line(model_dir, (ValueError, FileNotFoundError))
 
 
 def test_a_name_with_and_without_prefix_in_one_file(model_dir):
     add_tensors(model_dir / WEIGHTS, **{"ln_f.bias": ("F32", TENSORS["ln_f.bias"])})
     assert_one_line(model_dir, ValueError, "ln_f.bias")
-
-
-def test_a_key_twice_in_one_entry(model_dir):
-    header, data = read_safetensors(model_dir / WEIGHTS)
-    twice = json.dumps(header).replace('"dtype": "F32",', '"dtype": "F32", "dtype": "F32",', 1)
-    write_safetensors(model_dir / WEIGHTS, twice.encode(), data)
-    assert_one_line(model_dir, ValueError, WEIGHTS)
 
 
 @pytest.mark.parametrize("name", ["wte.weight", "ln_f.bias", "h.1.mlp.c_fc.weight"])
@@ -747,18 +889,37 @@ def test_a_missing_file_is_named(model_dir, name):
     assert re.search(named, message)
 
 
-def fails_or_is_right(model_dir, tensors):
-    """Whether the folder loads. If so, the parameters must be right, if not, one line must name the file."""
-    try:
+def assert_refused_or_right(model_dir, name, damaged, right, check):
+    """Replace a file by each of the damaged ones in turn, and last by the intact one.
+
+    Whatever is not refused must pass the check. The intact file does, and at least `right` others.
+    """
+    path = model_dir / name
+    intact = path.read_bytes()
+    accepted = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            found = check(model_dir)
+        except (ValueError, OSError) as error:
+            message = str(error)
+            assert "\n" not in message
+            assert str(model_dir) in message or "character" in message
+        else:
+            assert found, content[:200]
+            accepted += 1
+    assert accepted >= right
+    path.write_bytes(intact)
+    assert check(model_dir)
+
+
+def has_params(tensors):
+    def check(model_dir):
         _, hparams, params = load(model_dir)
-    except (ValueError, OSError) as error:
-        message = str(error)
-    else:
         assert_params(params, tensors, hparams["n_vocab"])
         return True
-    assert "\n" not in message
-    assert str(model_dir) in message
-    return False
+
+    return check
 
 
 def flips(intact, n, rng):
@@ -776,62 +937,58 @@ def test_no_flipped_bit_in_a_header_gives_wrong_parameters(copy, model):
     path = max(model_dir.glob("*.safetensors"))
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
-    for header in flips(content[:end], N_FLIPS, rng):
-        path.write_bytes(header + content[end:])
-        fails_or_is_right(model_dir, tensors)
+    damaged = [header + content[end:] for header in flips(content[:end], N_FLIPS, rng)]
+    assert_refused_or_right(model_dir, path.name, damaged, 0, has_params(tensors))
 
 
 def test_no_cut_file_loads(model_dir):
     path, rng = model_dir / WEIGHTS, random.Random(0)
     content = path.read_bytes()
-    for length in [
-        *range(12),
-        len(content) - 1,
-        len(content) - 4,
-        *rng.sample(range(len(content)), N_FLIPS),
-    ]:
+    lengths = [*range(12), len(content) - 4, len(content) - 1]
+    for length in lengths + rng.sample(range(len(content)), N_FLIPS):
         path.write_bytes(content[:length])
         assert_one_line(model_dir, ValueError, WEIGHTS)
 
 
 @pytest.mark.parametrize(
-    ("model", "name"),
+    ("model", "name", "right"),
     [
-        *(("whole", name) for name in ("config.json", "vocab.json", "merges.txt")),
-        *(("special_tokens_first", name) for name in ("vocab.json", "merges.txt")),
-        ("added_tokens", "added_tokens.json"),
-        ("tokenizer_json", "tokenizer.json"),
+        ("whole", "config.json", 20),
+        ("added_tokens", "added_tokens.json", 20),
+        ("special_tokens_first", "vocab.json", 0),
+        ("special_tokens_first", "merges.txt", 0),
+        ("tokenizer_json", "tokenizer.json", 1),
     ],
 )
-def test_damaged_json_and_merges_give_one_line(copy, model, name):
+def test_damaged_json_and_merges_give_one_line(copy, model, name, right):
     model_dir, rng = copy(model), random.Random(model + name)
-    tensors, path = stored_tensors(model_dir), model_dir / name
-    intact = path.read_bytes()
-    cuts = [intact[: len(intact) * i // 30] for i in range(30)]
-    for damaged in [*flips(intact, N_FLIPS, rng), *cuts]:
-        path.write_bytes(damaged)
-        fails_or_is_right(model_dir, tensors)
+    intact = (model_dir / name).read_bytes()
+    damaged = [*flips(intact, N_FLIPS, rng), *[intact[: len(intact) * i // 30] for i in range(30)]]
+    assert_refused_or_right(model_dir, name, damaged, right, has_params(stored_tensors(model_dir)))
 
 
 @pytest.mark.parametrize(
-    ("model", "name"),
+    ("model", "name", "right"),
     [
-        *(
-            (model, name)
-            for model in ("whole", "special_tokens_first")
-            for name in ("vocab.json", "merges.txt")
-        ),
-        ("tokenizer_json", "tokenizer.json"),
+        ("whole", "vocab.json", 1),
+        ("whole", "merges.txt", 0),
+        ("special_tokens_first", "vocab.json", 1),
+        ("special_tokens_first", "merges.txt", 0),
+        ("tokenizer_json", "tokenizer.json", 1),
     ],
 )
-def test_no_flipped_bit_in_a_vocabulary_gives_wrong_ids(copy, model, name):
+def test_no_flipped_bit_in_a_vocabulary_gives_wrong_ids(copy, model, name, right):
     model_dir, rng = copy(model), random.Random(name)
     intact = (model_dir / name).read_bytes()
-    for damaged in flips(intact, N_FLIPS, rng):
-        (model_dir / name).write_bytes(damaged)
-        with contextlib.suppress(ValueError):
-            encoder = get_encoder(model_dir.name, str(model_dir.parent))
-            assert list(map(encoder.encode, EXPECTED["texts"])) == EXPECTED["ids"][model]
+
+    def has_ids(model_dir):
+        encoder = get_encoder(model_dir.name, str(model_dir.parent))
+        return list(map(encoder.encode, EXPECTED["texts"])) == EXPECTED["ids"][model]
+
+    # Without the newline after "#version: 0.2", transformers skips the first merge, too.
+    head = b"#version: 0.2\n" if name == "merges.txt" else b""
+    damaged = [head + rest for rest in flips(intact[len(head) :], N_FLIPS, rng)]
+    assert_refused_or_right(model_dir, name, damaged, right, has_ids)
 
 
 # Pickles

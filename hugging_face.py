@@ -1,0 +1,391 @@
+"""Models in the layout of Hugging Face's transformers -> (encoder, hparams, params).
+
+A folder holds config.json, the weights in *.safetensors, and a vocabulary: tokenizer.json, or
+vocab.json and merges.txt. What its files say is done as transformers 5 does it, or refused with a
+message that names the setting. The weights lie in the file as NumPy needs them, so float32 weights
+are memory-mapped, not copied. The format: https://huggingface.co/docs/safetensors
+"""
+
+import math
+import os
+import re
+from typing import Any
+
+import numpy as np
+
+import utils
+from encoder import END_OF_TEXT, Encoder, check_vocabulary, read_json, read_merges
+
+Json = dict[str, Any]  # an object in a JSON file
+
+SIZES = ["vocab_size", "n_positions", "n_embd", "n_head", "n_layer"]  # the names of utils.HPARAMS
+DEFAULTS = {  # of transformers' GPT2Config
+    "model_type": "gpt2",
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_inner": None,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+DEFAULT_END = 50256  # GPT2Config's bos_token_id and eos_token_id
+ALIASES = {  # GPT2Config.attribute_map: an alias comes before the name that it stands for
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+VOCABULARY_SETTINGS: dict[str, list] = {  # of tokenizer_config.json without a tokenizer.json
+    "tokenizer_class": [None, "GPT2Tokenizer", "GPT2TokenizerFast"],
+    "add_eos_token": [None, False],
+}
+TOKENIZER_SETTINGS: dict[str, list] = {  # of tokenizer.json. None means that a setting is absent
+    "normalizer": [None],
+    "pre_tokenizer.type": ["ByteLevel"],
+    "pre_tokenizer.use_regex": [None, True],
+    "model.type": [None, "BPE"],
+    "model.dropout": [None, 0.0],
+    "model.continuing_subword_prefix": [None, ""],
+    "model.end_of_word_suffix": [None, ""],
+}
+MAX_PADDING = 127  # more rows than tokens than this look like a mistake
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONVERT = "convert *.bin with AutoModelForCausalLM.from_pretrained(F).save_pretrained(F)"
+
+
+def load_hugging_face(model_dir: str) -> tuple[Encoder, dict, dict]:
+    """Load the model in the folder model_dir -> (encoder, hparams, params).
+
+    Rows of wte after the last token are cut off. If a model differs from GPT-2 in its activation
+    function, the scale of attention or the epsilon of layer_norm, params holds these beside the
+    arrays, under the keyword names of the functions that take them.
+
+    Raises ValueError for a model that is not supported and for damaged files, FileNotFoundError for
+    a missing file.
+    """
+    config = read_config(os.path.join(model_dir, "config.json"))
+    hparams = {name: config[key] for name, key in zip(utils.HPARAMS, SIZES, strict=True)}
+    params = utils.nest(read_variables(model_dir, config, hparams), hparams)
+    set_variants(params, config)
+    encoder = read_encoder(model_dir)
+    n_rows = hparams["n_vocab"]
+    n_tokens = len(encoder.decoder)
+    if abs(n_rows - n_tokens) > MAX_PADDING:
+        problem = f"wte has {n_rows} rows, but the vocabulary has {n_tokens} tokens"
+        utils.note(f"warning: {model_dir}: {problem}")
+    params["wte"] = params["wte"][:n_tokens]
+    hparams["n_vocab"] = len(params["wte"])
+    return encoder, hparams, params
+
+
+def unsupported(path: str, setting: str, value: object, values: list) -> ValueError:
+    supported = " or ".join(map(repr, values))
+    return ValueError(f"{path}: {setting} {value!r} is not supported, only {supported}")
+
+
+# The configuration
+
+
+def read_config(path: str) -> Json:
+    """Read and check config.json. Absent keys get their defaults, and aliases their real names."""
+    content = read_json(path)
+    config = DEFAULTS | {"n_positions": content.get("n_ctx", 1024)} | content
+    for alias, key in ALIASES.items():
+        if alias in content:
+            config[key] = content[alias]
+    check_config(config, path)
+    return config
+
+
+def check_config(config: Json, path: str) -> None:
+    """Raise ValueError, naming the setting, for a model that gpt2.py cannot run."""
+    from gpt2 import ACTIVATIONS
+
+    supported: dict[str, list] = {
+        "model_type": ["gpt2"],
+        "activation_function": list(ACTIVATIONS),
+        "scale_attn_weights": [True, False],
+        "scale_attn_by_inverse_layer_idx": [True, False],
+        "add_cross_attention": [False],
+        "tie_word_embeddings": [True],
+    }
+    for key, values in supported.items():
+        value = config[key]
+        if type(value) is not type(values[0]) or value not in values:
+            raise unsupported(path, key, value, values)
+    eps = config["layer_norm_epsilon"]
+    if type(eps) is not float or not 0 <= eps < math.inf:
+        raise unsupported(path, "layer_norm_epsilon", eps, [1e-5, "another float"])
+    utils.check_sizes({key: config[key] for key in SIZES}, path)
+    if config["n_inner"] is not None:
+        utils.check_size("n_inner", config["n_inner"], path)
+
+
+def set_variants(params: Json, config: Json) -> None:
+    """Put into params what differs from GPT-2 in the functions of gpt2.py."""
+    from gpt2 import ACTIVATIONS
+
+    mlp = {"activation": ACTIVATIONS[config["activation_function"]]}
+    if mlp["activation"] is ACTIVATIONS["gelu_new"]:
+        mlp = {}
+    norm = {"eps": config["layer_norm_epsilon"]}
+    if norm["eps"] == DEFAULTS["layer_norm_epsilon"]:
+        norm = {}
+    scale = 1.0
+    if config["scale_attn_weights"]:
+        scale = (config["n_embd"] // config["n_head"]) ** -0.5
+    params["ln_f"] |= norm
+    for layer, block in enumerate(params["blocks"]):
+        block["ln_1"] |= norm
+        block["ln_2"] |= norm
+        block["mlp"] |= mlp
+        if config["scale_attn_by_inverse_layer_idx"]:
+            block["attn"]["scale"] = scale / (layer + 1)
+        elif not config["scale_attn_weights"]:
+            block["attn"]["scale"] = scale
+
+
+# The weights
+
+
+def read_variables(model_dir: str, config: Json, hparams: Json) -> dict[str, np.ndarray]:
+    """Read GPT-2's variables -> {our name: float32 array}."""
+    tensors: dict[str, np.ndarray] = {}
+    for path in weight_files(model_dir):
+        for name, array in utils.read_safetensors(path).items():
+            name = name.removeprefix("transformer.")  # which some files have, and others have not
+            if name in tensors:
+                raise ValueError(f"{path}: the tensor {name} occurs twice in {model_dir}")
+            tensors[name] = array
+    if "lm_head.weight" in tensors:
+        head = tensors["lm_head.weight"]
+        if not utils.is_equal_by_bits(head, tensors.setdefault("wte.weight", head)):
+            problem = "lm_head.weight differs from wte.weight, which is not supported"
+            raise ValueError(f"{model_dir}: {problem}")
+    n_layer = hparams["n_layer"]
+    if any(name.startswith(f"h.{n_layer}.") for name in tensors):
+        raise ValueError(f"{model_dir} has more layers than n_layer, which is {n_layer}")
+    variables = {}
+    for our_name, shape in utils.variable_shapes(hparams, config["n_inner"]):
+        name = their_name(our_name)
+        found = tensors[name].shape if name in tensors else None
+        utils.check_shape(model_dir, name, found, shape[-2:])
+        variables[our_name] = tensors[name]
+    return variables
+
+
+def weight_files(model_dir: str) -> list[str]:
+    """Return the paths of the files that hold the weights, as transformers chooses them.
+
+    A pickle (*.bin) is never opened: it can run code.
+    """
+    names = [WEIGHTS]
+    if not os.path.isfile(os.path.join(model_dir, WEIGHTS)):
+        index = read_optional(model_dir, INDEX).get("weight_map")
+        if not isinstance(index, dict):
+            raise FileNotFoundError(f"{model_dir} has no {WEIGHTS} or valid {INDEX}; {CONVERT}")
+        names = sorted({str(name) for name in index.values()})
+    return [os.path.join(model_dir, name) for name in names]
+
+
+def their_name(name: str) -> str:
+    """model/h0/attn/c_attn/w -> h.0.attn.c_attn.weight."""
+    name = name.removeprefix("model/")
+    name = re.sub(r"^h(\d+)/", r"h.\1.", name)
+    name = name.replace("/", ".")
+    if name.endswith(".b"):
+        return name.removesuffix("b") + "bias"
+    return re.sub(r"\.[wg]$", "", name) + ".weight"
+
+
+# The vocabulary
+
+
+def read_encoder(model_dir: str) -> Encoder:
+    """Read the vocabulary of a folder. A tokenizer.json comes before vocab.json and merges.txt."""
+    path = os.path.join(model_dir, "tokenizer.json")
+    settings = read_optional(model_dir, "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:
+        settings |= read_optional(model_dir, "special_tokens_map.json")
+    try:
+        if os.path.isfile(path):
+            tokenizer = read_json(path)
+            check_tokenizer(tokenizer, settings, path)
+        else:
+            path = os.path.join(model_dir, "vocab.json")
+            tokenizer = tokenizer_from_vocabulary(path, settings)
+        return encoder_from_tokenizer(tokenizer, settings, path)
+    except (AttributeError, LookupError, TypeError, UnicodeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}; {utils.REPLACE}") from None
+
+
+def read_optional(model_dir: str, name: str) -> Json:
+    """Read a JSON file. Return {} if there is none."""
+    path = os.path.join(model_dir, name)
+    if not os.path.isfile(path):
+        return {}
+    return read_json(path)
+
+
+def tokenizer_from_vocabulary(path: str, settings: Json) -> Json:
+    """Read vocab.json, merges.txt and added_tokens.json -> what a tokenizer.json would hold."""
+    folder = os.path.dirname(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{folder} has no vocabulary: it needs tokenizer.json, or vocab.json "
+            "and merges.txt (not SentencePiece's *.model or WordPiece's vocab.txt)"
+        )
+    for setting, values in VOCABULARY_SETTINGS.items():
+        value = settings.get(setting)
+        if value not in values:
+            config_path = os.path.join(folder, "tokenizer_config.json")
+            raise unsupported(config_path, setting, value, values)
+    added = read_optional(folder, "added_tokens.json")
+    template = [{"Sequence": {"id": "A"}}]
+    bos = token_entry(settings.get("bos_token", END_OF_TEXT))
+    if settings.get("add_bos_token") and bos:
+        template = [{"SpecialToken": {"id": bos["content"]}}, *template]
+    return {
+        "model": {
+            "vocab": read_json(path),
+            "merges": read_merges(os.path.join(folder, "merges.txt")),
+        },
+        "pre_tokenizer": {"add_prefix_space": settings.get("add_prefix_space")},
+        "added_tokens": [{"content": name, "id": token_id} for name, token_id in added.items()],
+        "post_processor": {"type": "TemplateProcessing", "single": template},
+    }
+
+
+def check_tokenizer(tokenizer: Json, settings: Json, path: str) -> None:
+    """Raise ValueError, naming the setting, for a tokenizer.json that Encoder cannot do."""
+    for setting, values in TOKENIZER_SETTINGS.items():
+        value: Any = tokenizer
+        for key in setting.split("."):
+            value = (value or {}).get(key)
+        if value not in values:
+            raise unsupported(path, setting, value, values)
+    prefix = tokenizer["pre_tokenizer"].get("add_prefix_space")
+    if settings.get("add_prefix_space") not in (None, prefix):
+        problem = f"pre_tokenizer.add_prefix_space is {prefix}"
+        raise ValueError(f"{path}: {problem}, but tokenizer_config.json says the opposite")
+
+
+def encoder_from_tokenizer(tokenizer: Json, settings: Json, path: str) -> Encoder:
+    """Make an Encoder that does what a tokenizer.json says. path is for messages."""
+    model = tokenizer["model"]
+    merges = [read_merge(merge, path) for merge in model["merges"]]
+    vocabulary = dict(model["vocab"])
+    tokens = named_tokens(tokenizer, settings)
+    for name, token in tokens.items():
+        if "id" in token and vocabulary.setdefault(name, token["id"]) != token["id"]:
+            raise ValueError(f"{path} is damaged: {name!r} has two ids; {utils.REPLACE}")
+    check_vocabulary(vocabulary, merges, path, path)
+    special_tokens = {}
+    added_tokens = {}
+    for name in tokens.keys() & vocabulary.keys():
+        flags = [key for key in ("lstrip", "rstrip", "single_word") if tokens[name].get(key)]
+        if not tokens[name]["special"]:
+            added_tokens[name] = vocabulary[name]
+            if flags:
+                raise unsupported(path, f"{flags[0]} of the added token {name!r}", True, [False])
+        elif not flags:  # else it is decoded, but never made from text
+            special_tokens[name] = vocabulary[name]
+    bos_ids = configured_ids(os.path.dirname(path), "bos_token_id", len(vocabulary))
+    eos_ids = configured_ids(os.path.dirname(path), "eos_token_id", len(vocabulary))
+    start_ids = bos_ids or eos_ids
+    unknown = model.get("unk_token")
+    if model.get("fuse_unk") or model.get("byte_fallback"):
+        unknown = None  # there, an unknown byte is not always one unknown token
+    return Encoder(
+        vocabulary,
+        merges,
+        ignore_merges=bool(model.get("ignore_merges")),
+        special_tokens=special_tokens,
+        added_tokens=added_tokens,
+        add_prefix_space=bool(tokenizer["pre_tokenizer"].get("add_prefix_space")),
+        first_ids=[vocabulary[name] for name in first_tokens(tokenizer, path)],
+        unknown_id=vocabulary.get(unknown),
+        start_id=start_ids[0] if start_ids else None,
+        end_ids=eos_ids,
+    )
+
+
+def read_merge(merge: Any, path: str) -> tuple[str, str]:
+    """Read a merge of a tokenizer.json: two tokens in a list or, in older files, in one text."""
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    if len(parts) != 2 or not all(isinstance(part, str) and part for part in parts):
+        raise ValueError(f"{path} is damaged: {merge!r} is not a merge; {utils.REPLACE}")
+    return parts[0], parts[1]
+
+
+def named_tokens(tokenizer: Json, settings: Json) -> dict[str, Json]:
+    """Return the added tokens of tokenizer.json and the tokens that tokenizer_config.json names.
+
+    The result is {name: {"special": ..., "id": ..., and other flags}}. tokenizer.json comes first.
+    """
+    tokens = list(tokenizer.get("added_tokens") or [])
+    for token_id, token in settings.get("added_tokens_decoder", {}).items():
+        tokens.append(token | {"id": int(token_id)})
+    special: list[Any] = [END_OF_TEXT]
+    for key, value in settings.items():
+        if key.endswith("_token"):  # as bos_token; others, as add_bos_token, are no text
+            special.append(value)
+        elif key in ("extra_special_tokens", "additional_special_tokens"):
+            special += value.values() if isinstance(value, dict) else value or []
+    for value in special:
+        token = token_entry(value)
+        if token:
+            tokens.append(token | {"special": True})
+    named: dict[str, Json] = {}
+    for token in tokens:
+        name = token["content"]
+        name.encode("utf-8")  # raises UnicodeError for half a character
+        known = named.get(name, {})
+        is_special = known.get("special", False) or token.get("special", False)
+        named[name] = token | known | {"special": is_special}
+    return named
+
+
+def token_entry(value: Any) -> Json:
+    """Return {"content": name, ...} of a token that is given as a name or as a dict, else {}."""
+    if isinstance(value, str):
+        return {"content": value}
+    return value if isinstance(value, dict) else {}
+
+
+def first_tokens(tokenizer: Json, path: str) -> list[str]:
+    """Return the tokens that a post-processor puts before each text."""
+    processor = tokenizer.get("post_processor") or {}
+    kind = processor.get("type")
+    if kind in (None, "ByteLevel"):
+        return []
+    if kind != "TemplateProcessing":
+        raise unsupported(path, "post_processor.type", kind, ["TemplateProcessing"])
+    template = processor["single"]
+    if "Sequence" not in template[-1]:
+        raise unsupported(path, "post_processor.single", template, ["tokens before the text"])
+    return [piece["SpecialToken"]["id"] for piece in template[:-1]]
+
+
+def configured_ids(model_dir: str, key: str, n_tokens: int) -> list[int] | None:
+    """Read an id or a list of them, from generation_config.json or else config.json.
+
+    The result is empty for null, and None if none of the ids has a row in wte.
+    """
+    config = read_optional(model_dir, "config.json")
+    value = read_optional(model_dir, "generation_config.json").get(key)
+    if value is None:
+        value = config.get(key, DEFAULT_END)
+    if value is None:
+        return []
+    n_rows = config.get("vocab_size", DEFAULTS["vocab_size"])
+    n_rows = min(n_rows, n_tokens)
+    ids = value if isinstance(value, list) else [value]
+    return [i for i in ids if type(i) is int and 0 <= i < n_rows] or None
