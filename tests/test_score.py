@@ -10,6 +10,7 @@ import lzma
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -916,6 +917,30 @@ def test_memory_stays_flat(models_dir, tmp_path):
         assert len(output.read_bytes().splitlines()) == n_lines
         peaks.append(peak)
     assert peaks[1] < peaks[0] + 20_000_000
+
+
+# The manual
+
+README_BLOCKS = re.findall(
+    r"^```(sh|python)\n(.*?)^```\n\n```\n(.*?)^```",
+    (ROOT / "examples" / "README.md").read_text(encoding="utf-8"),
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@pytest.mark.parametrize(("language", "code", "shown"), README_BLOCKS)
+def test_the_readme_shows_what_is_printed(tmp_path, language, code, shown):
+    for name in ("gpt2.py", "encoder.py", "utils.py", "examples", "models"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    program = ["sh", "-c", code.replace(".venv/bin/python", sys.executable)]
+    if language == "python":
+        program = [sys.executable, "-c", code]
+    printed = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert printed.stderr == ""
+    number = r"\d+\.\d+(?:e-\d+)?"
+    assert re.split(number, printed.stdout) == re.split(number, shown)
+    numbers = [list(map(float, re.findall(number, text))) for text in (printed.stdout, shown)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-3)
 
 
 # The terminal
