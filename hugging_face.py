@@ -320,7 +320,7 @@ def encoder_from_tokenizer(tokenizer: Json, settings: Json, path: str) -> Encode
 def read_merge(merge: Any, path: str) -> tuple[str, str]:
     """Read a merge of a tokenizer.json: two tokens in a list or, in older files, in one text."""
     parts = merge.split(" ") if isinstance(merge, str) else merge
-    if len(parts) != 2 or not all(isinstance(part, str) and part for part in parts):
+    if len(parts) != 2:
         raise ValueError(f"{path} is damaged: {merge!r} is not a merge; {utils.REPLACE}")
     return parts[0], parts[1]
 
