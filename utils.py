@@ -277,9 +277,7 @@ def new_session(base_url: str) -> "requests.Session":
     return session
 
 
-def download_file(
-    session: "requests.Session", url: str, path: str, sha256: str | None = None
-) -> None:
+def download_file(session: "requests.Session", url: str, path: str, sha256: str | None) -> None:
     """Download url to path and verify it."""
     part = path + ".part"
     try:
@@ -362,12 +360,6 @@ def is_rest(response: "requests.Response", start: int, version: str) -> bool:
         and re.fullmatch(rf"bytes {start}-\d+/\d+", content_range, re.IGNORECASE) is not None
         and version_of(response) in (None, version)
     )
-
-
-def content_range(response: "requests.Response", start: int) -> re.Match | None:
-    """Match a Content-Range that begins at start. Its group is the length of the whole file."""
-    value = response.headers.get("Content-Range", "")
-    return re.fullmatch(rf"bytes {start}-\d+/(\d+)", value, re.IGNORECASE)
 
 
 def problem_with(response: "requests.Response") -> str | None:
@@ -1026,7 +1018,16 @@ def ask_hub(function: Callable, name: str, **options: Any) -> Any:
 
 # The terminal, shared by gpt2.py and the examples
 
-PACKAGES = ("fire", "huggingface_hub", "numpy", "regex", "requests", "threadpoolctl", "tqdm")
+PACKAGES = (
+    "distributed",
+    "fire",
+    "huggingface_hub",
+    "numpy",
+    "regex",
+    "requests",
+    "threadpoolctl",
+    "tqdm",
+)
 
 
 class UsageError(ValueError):
@@ -1156,7 +1157,7 @@ def read_standard_input() -> bytes:
     return sys.stdin.read().encode("utf-8", "surrogateescape")
 
 
-def progress_bar(*args, **kwargs):
+def progress_bar(*args: Any, **kwargs: Any) -> Any:
     """Return a tqdm bar that is shown in a notebook and on a terminal, but not in a log file."""
     if "ipykernel" not in sys.modules:
         from tqdm import tqdm

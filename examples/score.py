@@ -1,553 +1,993 @@
 """Score every text of a corpus with GPT-2: its perplexity, on one core or on many machines.
 
-    python -m examples.score texts.jsonl --model_size 124M --output scores.jsonl
-    python -m examples.score texts.txt --workers 4
-    python -m examples.score texts.jsonl --scheduler tcp://host:8786
+    python examples/score.py texts.jsonl --model_size 124M --output scores.jsonl
+    python examples/score.py texts.txt --workers 4
+    python examples/score.py texts.jsonl --scheduler tcp://host:8786
 
-Input: JSON Lines, with the text in the field "text" (or --field NAME), or plain text, one text per line. A name that
-ends in .txt is plain text; .json, .jsonl and .ndjson, or --field, mean JSON Lines. For all others, `-` (standard input)
-included, a first line that starts with { means JSON Lines.
-
-Output: JSON Lines, one line for each line of the input, in the same order. A line has the other fields of its input
-line (those named like ours are replaced), followed by
-
-    n_tokens        the number of tokens of the text. <|endoftext|> goes first, so that every token of the text counts
-    nats            the sum of -log(p) over these tokens, to 6 decimals
-    perplexity      exp(nats / n_tokens), to 8 digits; null for an empty text, or if it is too large for a float
-    bits_per_byte   nats / log(2), divided by the number of UTF-8 bytes of the text; null for an empty text
-
-or by "error" if the text cannot be scored: invalid UTF-8 or JSON, a blank line in JSON Lines, no such field, a field
-that is not a string. In plain text, a blank line is an empty text. A text longer than the context is scored in windows,
-as `gpt2.log_probs` does it. A lone surrogate ("\\ud800") counts as U+FFFD.
-
-The exit status is 0 if every text was scored, 1 if some could not be or the run failed (the last line on standard
-error says which), 2 for wrong arguments, and 130 after Ctrl-C. After any of these, or a crash, the same command
-continues after the last whole line of --output. It first computes that line again, and stops if the input or the
-model is a different one. The result equals that of an undisturbed run, byte for byte on the same kind of processor: the
-batches depend on the input alone, and one thread computes each. At most one window of the input (WINDOW_BYTES) has to
-be computed again. Do not run the same command twice at the same time.
-
-Threads: one process computes one batch per core at a time, or as many as OMP_NUM_THREADS says. With --workers N, each
-worker has its share of the cores.
-
-Several machines. Dask (`pip install distributed`) needs a scheduler and workers. The project and the models must lie at
-the same path on every machine. Turn off the memory limit of the workers: the mapped checkpoint, which all workers of a
-machine share, would count for each of them. With ssh:
-
-    dask-ssh --hostfile hosts.txt --remote-python /path/to/python --nworkers 16 --nthreads 1 --memory-limit 0
-
-Dask tells malloc to return memory at once, which costs a quarter of the speed. This line in ~/.config/dask/dask.yaml on
-the machines of the workers prevents it:
-
-    distributed: {nanny: {pre-spawn-environ: {MALLOC_TRIM_THRESHOLD_: 1000000000, MALLOC_MMAP_THRESHOLD_: 33000000}}}
-
-On a batch system, use dask-jobqueue: `SLURMCluster(cores=16, processes=16, memory="32GB", worker_extra_args=
-["--memory-limit", "0"])`, then `.scale(jobs=8)`, and its `scheduler_address` for --scheduler. On Kubernetes, use a
-`KubeCluster` of dask-kubernetes with an image that contains the project and the models. Batches of a worker that dies
-are computed again.
-
-What it costs. 124M scored 980 tokens per second on two cores of a Xeon with AVX-512. A billion tokens then take about
-570 core-hours: 12 days on these two cores, or four and a half hours on 128 cores (30 dollars at 5 cents per core and
-hour), if those are as fast. Only two cores were measured. A worker of one thread needs 200 MB besides the mapped
-checkpoint, and 430 MB while it scores a text of 1000 tokens or more.
+The manual is examples/README.md. The data take this way through the file: each line of the input
+becomes a Text, the ids of a Text become one or more Rows, and Rows of similar length become a
+Batch. Threads or other processes score the batches. Output writes the results in order.
 """
 
 import argparse
+import bz2
+import codecs
 import collections
 import contextlib
 import functools
+import glob
+import gzip
+import hashlib
+import io
 import itertools
 import json
 import logging
+import lzma
 import math
 import os
 import sys
+import threading
 import time
-from concurrent.futures import CancelledError, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
-THREAD_VARIABLES = (
-    "OPENBLAS_NUM_THREADS",
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
+PROJECT = str(Path(__file__).resolve().parent.parent)
+sys.path.insert(0, PROJECT)
+
+import numpy as np
+
+import gpt2
+from encoder import Encoder
+from utils import (
+    UsageError,
+    complain,
+    load_encoder_hparams_and_params,
+    progress_bar,
+    run_command,
 )
-if __name__ == "__main__":
-    # Each thread computes its own batch, because much of NumPy uses one thread only. So the BLAS needs no more threads.
-    # It reads these variables when NumPy is imported.
-    n_threads_wanted = next(
-        (n for n in map(os.environ.get, THREAD_VARIABLES) if n and n.isdecimal()), None
-    )
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
 
-import numpy as np  # noqa: E402
-
-import gpt2  # noqa: E402
-from utils import load_encoder_hparams_and_params, progress_bar  # noqa: E402
-
-BATCH_ROWS = 512  # tokens of a batch, padding included: fewer are slower, more need more memory and are no faster
-WINDOW_TEXTS, WINDOW_BYTES = (
-    2048,
-    1 << 18,
-)  # texts are sorted by length within so many lines of the input
-BLOCK_ROWS = 32  # rows of logits for the softmax: they stay in the CPU's cache
-OUR_FIELDS = ("n_tokens", "nats", "perplexity", "bits_per_byte", "error")
+BATCH_TOKENS = 512  # padding included: fewer are slower, more need more memory and are no faster
+VOCABULARY_PART = 4096  # tokens at a time: their logits stay in the CPU's cache
+WINDOW_LINES = 2048  # texts are sorted by length within so many lines of the input
+WINDOW_BYTES = 1 << 18  # or within so many bytes, if that is less
+HEAD_BYTES = 1 << 16  # the beginning of the input, which shows its format
+CHUNK_BYTES = 1 << 16
 CONNECT_SECONDS = 10
+RECORD_SUFFIX = ".run"
+BYTE_ORDER_MARKS = {  # UTF-32 stands before UTF-16, because its first mark begins like UTF-16's
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
 
 
-@dataclass(eq=False)
-class Text:
-    """One line of the input. `head` is its output line without what the model adds."""
+@dataclass(frozen=True)
+class Job:
+    """What the output depends on, besides the input. A run continues only with the same Job."""
 
-    number: int  # of the line, from 0
-    end: int  # the offset of the next line in the input
-    head: str
-    ids: list[int]
-    n_bytes: int = 0
-    nats: float | None = None
+    model: str  # its identity
+    field: str | None  # of the text in JSON Lines; None for plain text
+    context_field: str | None
+    tokens: bool
+    end: bool
 
-    def line(self) -> str:
-        """Return the line of the output."""
-        if not self.n_bytes:
-            return self.head + "}\n"
-        nats, n_tokens = round(self.nats, 6) + 0.0, len(self.ids) - 1  # + 0.0 turns -0.0 into 0.0
-        per_token = nats / n_tokens
-        figures = {
-            "nats": nats,
-            "perplexity": float(f"{math.exp(per_token):.8g}") if per_token < 700 else None,
-            "bits_per_byte": float(f"{nats / math.log(2) / self.n_bytes:.8g}"),
-        }
-        return f"{self.head}, {json.dumps(figures)[1:]}\n"
+    def our_fields(self) -> set[str]:
+        """Return the names of the fields that the output may hold for this job."""
+        names = {"n_tokens", "nats", "perplexity", "bits_per_byte", "error"}
+        if self.context_field is not None:
+            names.add("greedy")
+        if self.tokens:
+            names.update({"tokens", "token_nats"})
+        if self.end:
+            names.add("end_nats")
+        return names
 
 
-# Input
+# The input
 
 
-def is_json_lines(path: str, field: str | None, first_line: bytes) -> bool:
-    """Decide the format of the input as described above."""
-    name = path.lower()
-    if field is not None or name.endswith((".json", ".jsonl", ".ndjson")):
-        return True
-    return not name.endswith(".txt") and first_line.lstrip().startswith(b"{")
+class OpenFiles(contextlib.ExitStack):
+    """Closes files at its end."""
+
+    def open(self, path: str, mode: str) -> Any:
+        return self.enter_context(open(path, mode))
 
 
-def parse(line: bytes, field: str | None) -> tuple[dict, str | None]:
-    """Split a line of the input (plain text if field is None) -> (other fields, text).
+class Line(NamedTuple):
+    number: int  # from 0
+    content: bytes  # with its end
+    position: int  # after this line in the file on disk
 
-    If there is no text, it is None, and the last field is "error" with the reason.
+
+class Input:
+    """The lines of a corpus and their encoding. Raises ValueError if the file is not text.
+
+    open_files: closes the files at its end.
     """
-    fields = {}
-    try:
-        text = line.decode("utf-8")
-        if field is None:
-            return fields, text
-        document = json.loads(text)
-        if not isinstance(document, dict):
-            raise ValueError("the line is not a JSON object")
-        others = {
-            name: value
-            for name, value in document.items()
-            if name != field and name not in OUR_FIELDS
-        }
-        json.dumps(
-            others, allow_nan=False
-        )  # Python reads NaN, and 1e999 as infinity, but JSON has neither
-        fields = others
-        if field not in document:
-            raise ValueError(f"no field {json.dumps(field)}")
-        if not isinstance(document[field], str):
-            raise ValueError(f"{json.dumps(field)} is not a string")
-        return fields, document[field]
-    except UnicodeDecodeError as error:
-        reason = f"invalid UTF-8: {error.reason} at byte {error.start}"
-    except RecursionError:
-        reason = "invalid JSON: too deeply nested"
-    except ValueError as error:
-        reason = f"invalid JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
-    return fields | {"error": reason}, None
+
+    def __init__(self, path: str, open_files: OpenFiles):
+        if path == "-":
+            self.name = "standard input"
+            self.raw: BinaryIO = sys.stdin.buffer
+            self.file: Any = self.raw
+        else:
+            self.name = path
+            self.raw = open_files.open(path, "rb")
+            self.file = open_files.enter_context(decompressed(self.raw, path))
+        self.encoding = "utf-8"
+        self.head: list[bytes] = []  # the first lines
+        first = self.read_line()
+        for mark, encoding in BYTE_ORDER_MARKS.items():
+            if first.startswith(mark):
+                self.encoding = encoding
+                first = self.read_line(first).removeprefix(mark)
+                break
+        n_bytes = 0
+        for line in itertools.chain([first], iter(self.read_line, b"")):
+            self.head.append(line)
+            n_bytes += len(line)
+            if n_bytes >= HEAD_BYTES:
+                break
+        self.check_head()
+
+    def check_head(self) -> None:
+        lines = [line for line in self.head if line.strip(b"\0\r\n \t")]
+        n_valid = sum(is_text(line, self.encoding) for line in lines)
+        has_nul = any(b"\0" in line for line in lines)
+        is_mostly_invalid = has_nul and n_valid < len(lines) / 2
+        if lines and (n_valid == 0 or is_mostly_invalid):
+            encodings = "UTF-8, or UTF-16 or UTF-32 with a byte order mark"
+            raise ValueError(f"{self.name} is not text in {encodings}")
+
+    def read_line(self, line: bytes = b"") -> bytes:
+        """Read a line with its end, or the rest of a line. In UTF-16 not each byte 10 ends one."""
+        newline = "\n".encode(self.encoding)
+        try:
+            while True:
+                line += self.file.read(-len(line) % len(newline))  # up to a whole character
+                if line.endswith(newline):
+                    return line
+                piece = self.file.readline()
+                if not piece:
+                    return line
+                line += piece
+        except Exception as error:  # each compression has its own kinds
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise ValueError(f"{self.name} is damaged: {error}") from None
+
+    def lines(self) -> Iterator[Line]:
+        n_bytes = 0
+        contents = itertools.chain(filter(None, self.head), iter(self.read_line, b""))
+        for number, content in enumerate(contents):
+            n_bytes += len(content)
+            position = n_bytes if self.file is self.raw else self.raw.tell()
+            yield Line(number, content, position)
+
+    def is_json_lines(self) -> bool:
+        """Decide by the name, or else by the first character that is not white space."""
+        name = self.name.lower()
+        for suffix in (".gz", ".bz2", ".xz", ".zst"):
+            name = name.removesuffix(suffix)
+        if name.endswith((".json", ".jsonl", ".ndjson")):
+            return True
+        beginning = b"".join(self.head).decode(self.encoding, "replace").lstrip()
+        return not name.endswith(".txt") and beginning.startswith("{")
+
+    def size(self) -> int | None:
+        """Return the size of the file on disk, or None if it is empty or standard input."""
+        if self.raw is sys.stdin.buffer:
+            return None
+        return os.fstat(self.raw.fileno()).st_size or None
 
 
-def to_text(number: int, end: int, line: bytes, field: str | None, encoder) -> Text:
-    """Parse and encode one line of the input."""
-    fields, text = parse(line, field)
-    if text is None:
-        return Text(number, end, json.dumps(fields)[:-1], [])
-    ids = [encoder.encoder["<|endoftext|>"], *encoder.encode(text)]
-    figures = {"n_tokens": len(ids) - 1} | (
-        {} if text else {"nats": 0.0, "perplexity": None, "bits_per_byte": None}
-    )
-    return Text(
-        number,
-        end,
-        json.dumps(fields | figures)[:-1],
-        ids,
-        len(text.encode("utf-8", "surrogatepass")),
-    )
+def decompressed(file: BinaryIO, path: str) -> Any:
+    """Return a file that reads the decompressed content of another, by the suffix of its name."""
+    suffix = os.path.splitext(path.lower())[1]
+    if suffix == ".gz":
+        return gzip.open(file)
+    if suffix == ".bz2":
+        return bz2.open(file)
+    if suffix == ".xz":
+        return lzma.open(file)
+    if suffix == ".zst":
+        return io.BufferedReader(ZstdFile(file))
+    return file
 
 
-def windows(lines):
-    """Group (number, end, line) of the input -> iterator over lists: WINDOW_TEXTS lines, or WINDOW_BYTES and a line."""
-    window, start = [], 0
-    for number, end, line in lines:
-        window.append((number, end, line))
-        if len(window) == WINDOW_TEXTS or end - start >= WINDOW_BYTES:
+class ZstdFile(io.RawIOBase):
+    """Decompress a file. zstandard's own reader takes a truncated file for a complete one."""
+
+    def __init__(self, file: BinaryIO):
+        try:
+            import zstandard
+        except ImportError:
+            message = "reading a .zst file needs zstandard: pip install zstandard"
+            raise ImportError(message) from None
+        self.file = file
+        self.new_frame = zstandard.ZstdDecompressor().decompressobj
+        self.frame: Any = None
+        self.compressed = b""
+        self.content = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.content:
+            self.compressed = self.compressed or self.file.read(CHUNK_BYTES)
+            if self.compressed:
+                self.decompress()
+            elif self.frame:
+                raise EOFError("it ends too early")
+            else:
+                return 0
+        n_bytes = min(len(buffer), len(self.content))
+        buffer[:n_bytes] = self.content[:n_bytes]
+        self.content = self.content[n_bytes:]
+        return n_bytes
+
+    def decompress(self) -> None:
+        """Decompress what was read, up to the end of its frame: a file may hold several."""
+        self.frame = self.frame or self.new_frame()
+        self.content = memoryview(self.frame.decompress(self.compressed))
+        self.compressed = b""
+        if self.frame.eof:
+            self.compressed = self.frame.unused_data
+            self.frame = None
+
+
+def windows(lines: Iterable[Line]) -> Iterator[list[Line]]:
+    """Group lines: WINDOW_LINES of them, or as many as have WINDOW_BYTES."""
+    window = []
+    n_bytes = 0
+    for line in lines:
+        window.append(line)
+        n_bytes += len(line.content)
+        if len(window) == WINDOW_LINES or n_bytes >= WINDOW_BYTES:
             yield window
-            window, start = [], end
+            window = []
+            n_bytes = 0
     if window:
         yield window
 
 
-def number_lines(file, first_line: bytes):
-    """Iterate over (number, end, line without its end). A byte order mark before the first line is left out."""
-    end = 0
-    for number, line in enumerate(itertools.chain([first_line] if first_line else [], file)):
-        end += len(line)
-        line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
-        yield number, end, line.removesuffix(b"\n").removesuffix(b"\r")
+# From a line to a Text
+
+
+def is_text(line: bytes, encoding: str) -> bool:
+    try:
+        return "\0" not in decode(line, encoding)
+    except ValueError:
+        return False
+
+
+def decode(line: bytes, encoding: str) -> str:
+    """Decode a line and remove its end. Raises ValueError with a reason."""
+    name = encoding[:6].upper()
+    try:
+        text = line.decode(encoding)
+    except UnicodeDecodeError as error:
+        reason = f"invalid {name.rstrip('-')}: {error.reason} at byte {error.start}"
+        raise ValueError(reason) from None
+    if text.count("\0") > 0.4 * len(text):  # UTF-16 without a mark is valid UTF-8
+        raise ValueError(f"invalid {name.rstrip('-')}: too many NUL characters")
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+@dataclass
+class Parsed:
+    """The content of a line. If there is an error, there is no text."""
+
+    fields: dict[str, Any] = field(default_factory=dict)  # the other ones
+    text: str = ""
+    context: str = ""
+    error: str | None = None
+
+
+def parse(line: bytes, encoding: str, job: Job) -> Parsed:
+    """Parse a line of the input."""
+    parsed = Parsed()
+    try:
+        content = decode(line, encoding)
+        if job.field is None:
+            parsed.text = content
+        else:
+            parse_json(content, job, parsed)
+    except RecursionError:
+        parsed.error = "invalid JSON: too deeply nested"
+    except json.JSONDecodeError as error:
+        parsed.error = f"invalid JSON: {error}"
+    except ValueError as error:
+        parsed.error = str(error)
+    return parsed
+
+
+def parse_json(content: str, job: Job, parsed: Parsed) -> None:
+    document = json.loads(content)
+    if not isinstance(document, dict):
+        raise ValueError("the line is not a JSON object")
+    names = job.our_fields() | {job.field, job.context_field}
+    others = {name: value for name, value in document.items() if name not in names}
+    json.dumps(others, allow_nan=False)  # Python also reads NaN and Infinity, which JSON forbids
+    parsed.fields = others
+    assert job.field is not None
+    parsed.text = string(document, job.field)
+    if job.context_field is not None:
+        parsed.context = string(document, job.context_field)
+
+
+def string(document: dict, name: str) -> str:
+    if name not in document:
+        raise ValueError(f"no field {json.dumps(name)}")
+    if not isinstance(document[name], str):
+        raise ValueError(f"{json.dumps(name)} is not a string")
+    return document[name]
+
+
+@dataclass(eq=False)
+class Row:
+    """Ids for the model, which predicts the last n_targets of them."""
+
+    ids: list[int]
+    n_targets: int
+    is_written: bool = False  # by an earlier run; it may still be needed to fill a batch
+    scores: "Scores | None" = None
+
+
+@dataclass(eq=False)
+class Text:
+    """A line of the input on its way to the output."""
+
+    line: Line
+    is_written: bool  # by an earlier run
+    parsed: Parsed
+    ids: list[int] = field(default_factory=list)  # of the text, without what stands before it
+    rows: list[Row] = field(default_factory=list)
+
+    def is_scored(self) -> bool:
+        return all(row.scores is not None for row in self.rows)
+
+
+def to_text(line: Line, is_written: bool, encoding: str, job: Job, model: "Model") -> Text:
+    """Parse and encode a line."""
+    parsed = parse(line.content, encoding, job)
+    text = Text(line, is_written, parsed)
+    if parsed.error is None:
+        # The rule of lm-evaluation-harness: white space at the end of a context belongs to the
+        # text, and both are encoded together.
+        context = parsed.context.rstrip()
+        parsed.text = parsed.context[len(context) :] + parsed.text
+        context_ids = model.encoder.encode(context)
+        text.ids = model.encoder.encode(context + parsed.text)[len(context_ids) :]
+        if not context:
+            context_ids = model.start_ids
+        text.rows = to_rows(context_ids, text.ids, job.end, model)
+        for row in text.rows:
+            row.is_written = is_written
+    return text
+
+
+def to_rows(context_ids: list[int], ids: list[int], with_end: bool, model: "Model") -> list[Row]:
+    """Return the Rows for a text after its context, and for end-of-text after it."""
+    n_ctx = model.hparams["n_ctx"]
+    end = [model.end_id] if with_end else []
+    if len(ids) > n_ctx:  # no context fits
+        return split([*model.start_ids, *ids, *end], len(model.start_ids), n_ctx)
+    whole = [*context_ids, *ids][-(n_ctx + 1) :]
+    if len(whole) + len(end) <= n_ctx + 1:
+        rows = [Row(whole + end, len(ids) + len(end))]
+    else:
+        rows = [Row(whole, len(ids)), Row(whole[-n_ctx:] + end, 1)]
+    return [row for row in rows if row.n_targets]
+
+
+def split(ids: list[int], n_context: int, n_ctx: int) -> list[Row]:
+    """Split ids, of which all but the first n_context are scored, as `gpt2.log_probs` does."""
+    n_window = max(n_ctx, 2)
+    rows = []
+    start = 0
+    n_scored = n_context
+    while n_scored < len(ids):
+        window = ids[start : start + n_window]
+        n_targets = start + len(window) - n_scored
+        rows.append(Row(window, n_targets))
+        n_scored += n_targets
+        start += max(n_ctx // 2, 1)
+    return rows
+
+
+# The model
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, its identity (a digest of all that the scores depend on), and its mapped files."""
+
+    encoder: Encoder
+    hparams: dict[str, int]
+    params: dict[str, Any]
+    identity: str
+    files: dict[str, list[int]]
+
+    @property
+    def start_ids(self) -> list[int]:
+        """The ids that go before a text without a context."""
+        if self.encoder.first_ids or self.encoder.start_id is None:
+            return self.encoder.first_ids
+        return [self.encoder.start_id]
+
+    @property
+    def end_id(self) -> int:
+        """The id that ends a text: if there are several, the one that also starts texts."""
+        if self.encoder.start_id in self.encoder.end_ids:
+            return self.encoder.start_id
+        return min(self.encoder.end_ids)
+
+
+LOAD_LOCK = threading.Lock()
+
+
+def load(model_size: str, models_dir: str, identity: str | None = None) -> Model:
+    """Load the model, once per process; again if its files changed or the identity differs.
+
+    Raises ValueError if the identity differs even then.
+    """
+    folder = os.path.join(models_dir, model_size)
+    with LOAD_LOCK:
+        model = read_model(model_size, models_dir)
+        if model.files != weight_files(folder) or identity not in (None, model.identity):
+            read_model.cache_clear()
+            model = read_model(model_size, models_dir)
+    if identity not in (None, model.identity):
+        raise ValueError(f"{folder} holds another model than this run began with")
+    return model
+
+
+@functools.lru_cache(maxsize=1)
+def read_model(model_size: str, models_dir: str) -> Model:
+    files = weight_files(os.path.join(models_dir, model_size))
+    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+    if encoder.start_id is None and not encoder.first_ids:
+        raise ValueError("the vocabulary has no <|endoftext|>, which goes before each text")
+    digest = hashlib.sha256()
+    for value in (hparams, vocabulary(encoder), params):
+        add_to_digest(digest, value)
+    return Model(encoder, hparams, params, digest.hexdigest(), files)
+
+
+def weight_files(folder: str) -> dict[str, list[int]]:
+    """Return the size, times and inode of each file with weights.
+
+    The weights are mapped: if a file is overwritten, those in memory change, too.
+    """
+    files = {}
+    for pattern in ("*.data-*", "*.safetensors"):
+        for path in sorted(glob.glob(os.path.join(glob.escape(folder), pattern))):
+            status = os.stat(path)
+            files[path] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    return files
+
+
+def vocabulary(encoder: Encoder) -> dict[str, Any]:
+    """Return what decides how an Encoder encodes."""
+    names = ("encoder", "bpe_ranks", "ignore_merges", "special_tokens", "added_tokens")
+    names += ("add_prefix_space", "first_ids", "unknown_id", "start_id", "end_ids")
+    return {name: repr(getattr(encoder, name)) for name in names}
+
+
+def add_to_digest(digest: Any, value: Any) -> None:
+    """Add nested dicts and lists of arrays, numbers and functions to a digest."""
+    if isinstance(value, dict):
+        for name in sorted(value):
+            digest.update(f"{name}: ".encode())
+            add_to_digest(digest, value[name])
+    elif isinstance(value, list):
+        for item in value:
+            add_to_digest(digest, item)
+    elif isinstance(value, np.ndarray):
+        digest.update(f"{value.dtype} {value.shape} ".encode())
+        digest.update(np.ascontiguousarray(value))
+    else:
+        digest.update(f"{getattr(value, '__name__', value)} ".encode())
 
 
 # Scoring
 
 
-def batches(texts: list[Text], n_ctx: int):
-    """Group texts of similar length into batches of about BATCH_ROWS rows, the longest first -> iterator over lists.
+class Batch(NamedTuple):
+    """Rows to score, and the model to score them with."""
 
-    A text longer than the context is alone.
-    """
-    texts = sorted(
-        (text for text in texts if text.n_bytes), key=lambda text: len(text.ids), reverse=True
-    )
+    model_size: str
+    models_dir: str
+    identity: str
+    ids: list[list[int]]  # of each row
+    n_targets: list[int]  # of each row
+
+
+class Scores(NamedTuple):
+    """The scores of targets, one after another."""
+
+    nats: np.ndarray  # float32: -log(p)
+    is_likeliest: np.ndarray  # bool: no other token was more likely
+
+
+def batches(texts: Iterable[Text]) -> Iterator[list[Row]]:
+    """Group rows of similar length into batches of about BATCH_TOKENS, the longest first."""
+    rows = [row for text in texts for row in text.rows]
+    rows.sort(key=lambda row: len(row.ids), reverse=True)
     start = 0
-    while start < len(texts):
-        longest = len(texts[start].ids) - 1
-        end = start + (max(1, BATCH_ROWS // longest) if longest <= n_ctx else 1)
-        yield texts[start:end]
+    while start < len(rows):
+        end = start + max(1, BATCH_TOKENS // (len(rows[start].ids) - 1))
+        yield rows[start:end]
         start = end
 
 
-@functools.lru_cache(maxsize=1)
-def load(model_size: str, models_dir: str):
-    """Load the model, once per process."""
-    return load_encoder_hparams_and_params(model_size, models_dir)
+@np.errstate(all="ignore")  # damaged parameters cause one error, not many warnings
+def score(batch: Batch) -> Scores:
+    """Score the rows of a batch. This runs in a thread of a worker, which loads the model itself.
 
-
-@np.errstate(all="ignore")  # damaged parameters give one error, not many warnings
-def score(batch: list[list[int]], model_size: str, models_dir: str) -> list[float]:
-    """Return the nats of each text in a batch. This runs in a thread of a worker, which loads the model itself."""
-    _, hparams, params = load(model_size, models_dir)
-    if len(batch) == 1:
-        nats = [-gpt2.log_probs(batch[0], params, hparams["n_head"]).sum(dtype=np.float64)]
-    else:
-        padded = np.zeros(
-            (len(batch), max(map(len, batch))), np.int64
-        )  # on the right, where nothing depends on it
-        for row, ids in zip(padded, batch, strict=True):
-            row[: len(ids)] = ids
-        logits = gpt2.gpt2(padded[:, :-1], **params, n_head=hparams["n_head"])
-        nats = [
-            sum_of_nats(rows, np.array(ids[1:])) for rows, ids in zip(logits, batch, strict=True)
-        ]
-    if not np.isfinite(nats).all():
-        raise ValueError("the logits are not finite: the parameters are damaged")
-    return [float(each) for each in nats]
-
-
-def score_remotely(folder: str, *args) -> list[float]:
-    """Call `score` on a Dask worker. Dask sends this function as code, so that it finds the project in its folder."""
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    from examples import score as this_file  # imported, its cache of the model lasts
-
-    return this_file.score(*args)
-
-
-def sum_of_nats(logits, targets) -> float:
-    """Sum -log(softmax(logits)) of the targets. The logits [n_seq, n_vocab] are overwritten."""
-    nats = 0.0
-    for start in range(0, len(targets), BLOCK_ROWS):
-        ids = targets[start : start + BLOCK_ROWS]
-        rows = logits[start : start + len(ids)]
-        rows -= rows.max(axis=-1, keepdims=True)
-        chosen = rows[np.arange(len(ids)), ids]
-        nats += (np.log(np.exp(rows, out=rows).sum(axis=-1)) - chosen).sum(dtype=np.float64)
-    return nats
-
-
-def scored_texts(text_windows, submit, count_slots, n_ctx: int, first: int):
-    """Score the texts with the numbers from `first` on -> iterator over them, in order.
-
-    submit(ids of a batch) -> future. As many batches are under way as keep all slots busy.
+    Raises ValueError if the model is not the batch's, or not intact.
     """
-    waiting, running = collections.deque(), collections.deque()
+    model = load(batch.model_size, batch.models_dir, batch.identity)
+    n_seq = max(len(ids) - 1 for ids in batch.ids)
+    inputs = np.zeros((len(batch.ids), n_seq), np.int64)  # padded after the end, which is not seen
+    for row, ids in zip(inputs, batch.ids, strict=True):
+        row[: len(ids) - 1] = ids[:-1]
+    targets = []
+    with gpt2.one_blas_thread():
+        states = gpt2.final_states(inputs, **model.params, n_head=model.hparams["n_head"])
+        target_states = []
+        for row, ids, n_targets in zip(states, batch.ids, batch.n_targets, strict=True):
+            targets += ids[len(ids) - n_targets :]
+            target_states.append(row[len(ids) - 1 - n_targets : len(ids) - 1])
+        wte = model.params["wte"]
+        scores = score_targets(np.concatenate(target_states), np.array(targets), wte)
+    if not np.isfinite(scores.nats).all():
+        raise ValueError("the logits are not finite: the parameters are damaged")
+    if model.files != weight_files(os.path.join(batch.models_dir, batch.model_size)):
+        raise ValueError(f"the files of {batch.model_size} were changed during the run")
+    return scores
 
-    def collect(n_running):
-        while len(running) > n_running:
-            batch, future = running.popleft()
-            for text, nats in zip(batch, future.result(), strict=True):
-                text.nats = nats
-        while waiting and (waiting[0].nats is not None or not waiting[0].n_bytes):
-            yield waiting.popleft()
 
-    for texts in text_windows:
-        n_running = 4 * max(1, count_slots())
-        waiting.extend(text for text in texts if text.number >= first)
-        for batch in batches(texts, n_ctx):
-            if any(text.number >= first for text in batch):
-                running.append((batch, submit([text.ids for text in batch])))
-                yield from collect(n_running)
-        # Many lines without a text would wait for batches that no later batch pushes out.
-        yield from collect(n_running if len(waiting) < n_running * BATCH_ROWS else 0)
-    yield from collect(0)
+def score_targets(states: np.ndarray, targets: np.ndarray, wte: np.ndarray) -> Scores:
+    """Score targets [n], given the final states [n, n_embd] of the positions before them.
+
+    A part of the vocabulary at a time: `total` is the sum of exp(logits - largest) so far.
+    """
+    chosen = np.empty(len(targets), np.float32)  # the logits of the targets
+    largest = np.full(len(targets), -np.inf, np.float32)
+    total = np.zeros(len(targets), np.float32)
+    for start in range(0, len(wte), VOCABULARY_PART):
+        logits = states @ wte[start : start + VOCABULARY_PART].T
+        rows = np.flatnonzero((targets >= start) & (targets < start + VOCABULARY_PART))
+        chosen[rows] = logits[rows, targets[rows] - start]
+        new_largest = np.maximum(largest, logits.max(axis=-1))
+        logits -= new_largest[:, None]
+        total *= np.exp(largest - new_largest)
+        total += np.exp(logits, out=logits).sum(axis=-1)
+        largest = new_largest
+    return Scores(largest + np.log(total) - chosen, chosen == largest)
+
+
+def set_scores(rows: list[Row], scores: Scores) -> None:
+    """Give each row its part of the scores of a batch."""
+    start = 0
+    for row in rows:
+        part = slice(start, start + row.n_targets)
+        row.scores = Scores(scores.nats[part], scores.is_likeliest[part])
+        start += row.n_targets
+
+
+# Where batches are scored
+
+
+class Pool(NamedTuple):
+    """Threads of this process, or the workers of Dask."""
+
+    submit: Callable[[Batch], Future]
+    count_slots: Callable[[], int]  # how many batches are scored at once
 
 
 @contextlib.contextmanager
-def threads(n_threads: int):
-    """Start threads -> (submit, count_slots)."""
-    pool = ThreadPoolExecutor(n_threads)
+def threads(n_threads: int) -> Iterator[Pool]:
+    executor = ThreadPoolExecutor(n_threads)
     try:
-        yield functools.partial(pool.submit, score), lambda: n_threads
+        yield Pool(functools.partial(executor.submit, score), lambda: n_threads)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager
-def dask_workers(n_workers: int | None, scheduler: str | None, n_threads: int):
-    """Start a local Dask cluster, or join a running one -> (submit, count_slots)."""
+def dask_workers(n_workers: int | None, scheduler: str | None, n_threads: int) -> Iterator[Pool]:
+    """Start a local Dask cluster of n_workers, or join the one of a scheduler."""
     try:
         import dask
         import distributed
     except ImportError:
         raise ImportError("--workers and --scheduler need Dask: pip install distributed") from None
     logging.disable()  # Dask logs tracebacks; one line is enough
-    # Dask's default also makes malloc return memory at once: a batch would take a quarter longer.
-    dask.config.set({"distributed.nanny.pre-spawn-environ": dict.fromkeys(THREAD_VARIABLES, 1)})
-    dask.config.set(
-        {"distributed.worker.profile.enabled": False, "distributed.scheduler.allowed-failures": 20}
+    # Dask's default makes malloc return memory at once: a batch would take a quarter longer.
+    dask.config.set({"distributed.nanny.pre-spawn-environ": {}})
+    dask.config.set({"distributed.worker.profile.enabled": False})
+    dask.config.set({"distributed.scheduler.allowed-failures": 20})
+    with contextlib.ExitStack() as stack:
+        try:
+            if scheduler is None:
+                scheduler = stack.enter_context(local_cluster(n_workers or 1, n_threads))
+            client = stack.enter_context(distributed.Client(scheduler, timeout=CONNECT_SECONDS))
+        except (OSError, RuntimeError) as error:
+            raise ConnectionError(f"no connection to the Dask scheduler: {error}") from None
+        if not client.nthreads():
+            complain("score.py", "the scheduler has no workers yet; waiting for them")
+        submit = functools.partial(client.get_executor(pure=False).submit, score_remotely, PROJECT)
+        try:
+            yield Pool(submit, lambda: sum(client.nthreads().values()))
+        except (CancelledError, distributed.comm.CommClosedError):
+            raise ConnectionError("no connection to the Dask scheduler") from None
+        except distributed.KilledWorker as error:
+            raise ConnectionError(f"Dask failed: {error}") from None
+
+
+def local_cluster(n_workers: int, n_threads: int) -> Any:
+    """Start workers, each with its share of the threads."""
+    import distributed
+
+    return distributed.LocalCluster(
+        n_workers=n_workers,
+        threads_per_worker=max(1, n_threads // n_workers),
+        memory_limit=0,  # the mapped checkpoint would count for each worker
+        preload=["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"],  # it is for us
+        dashboard_address="127.0.0.1:0",  # any free port
+        silence_logs="CRITICAL",
     )
-    local = {
-        "n_workers": n_workers,
-        "threads_per_worker": max(1, n_threads // (n_workers or 1)),
-        "memory_limit": 0,  # the mapped checkpoint would count for each worker
-        "preload": [
-            "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
-        ],  # Ctrl-C is for this process
-        "dashboard_address": "127.0.0.1:0",  # any free port
-        "silence_logs": "CRITICAL",
-    }
-    cluster = contextlib.nullcontext(scheduler) if scheduler else distributed.LocalCluster(**local)
+
+
+def score_remotely(project: str, batch: Batch) -> Scores:
+    """Call `score` on a Dask worker. Dask sends this function as code, not as a name to import."""
+    if project not in sys.path:
+        sys.path.insert(0, project)
     try:
-        with cluster as address, distributed.Client(address, timeout=CONNECT_SECONDS) as client:
-            if not client.nthreads():
-                complain("the scheduler has no workers yet; waiting for them")
-            project = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-            yield (
-                functools.partial(client.submit, score_remotely, project, pure=False),
-                lambda: sum(client.nthreads().values()),
-            )
-    except (CancelledError, OSError) as error:
-        if isinstance(error, OSError) and (
-            error.errno or type(error) not in (OSError, distributed.comm.CommClosedError)
-        ):
-            raise  # it is not Dask's
-        raise ConnectionError("no connection to the Dask scheduler") from None
-    except (RuntimeError, distributed.scheduler.KilledWorker) as error:
-        raise ConnectionError(f"Dask failed: {error}") from None
+        from examples import score as this_file  # when imported, its cache of the model lasts
+
+        return this_file.score(batch)
+    except (ValueError, OSError, ImportError) as error:
+        from distributed import get_worker
+
+        raise ValueError(f"worker {get_worker().address}: {error}") from None
 
 
-# Output
+class Running(NamedTuple):
+    rows: list[Row]
+    future: Future
 
 
-@dataclass
-class Written:
-    """What an earlier run left in the output: whole lines, and perhaps a torn one."""
+def scored_texts(
+    text_windows: Iterable[list[Text]],
+    pool: Pool,
+    to_batch: Callable[[list[Row]], Batch],
+) -> Iterator[Text]:
+    """Score the texts that are not written yet -> iterator over them, in order.
 
-    n_lines: int = 0
-    n_errors: int = 0
-    n_bytes: int = 0  # of the whole lines
-    last: bytes = b""
-    torn: bytes = b""
+    As many batches are under way as keep all slots of the pool busy.
+    """
+    waiting: collections.deque[Text] = collections.deque()
+    running: collections.deque[Running] = collections.deque()
+
+    def finished(n_running: int) -> Iterator[Text]:
+        """Wait until only n_running batches are left, then yield the texts that are complete."""
+        while len(running) > n_running:
+            oldest = running.popleft()
+            set_scores(oldest.rows, oldest.future.result())
+        while waiting and waiting[0].is_scored():
+            yield waiting.popleft()
+
+    for texts in text_windows:
+        n_running = 4 * max(1, pool.count_slots())
+        waiting.extend(text for text in texts if not text.is_written)
+        for rows in batches(texts):
+            if not all(row.is_written for row in rows):
+                running.append(Running(rows, pool.submit(to_batch(rows))))
+                yield from finished(n_running)
+        if len(waiting) >= n_running * BATCH_TOKENS:  # lines without a text fill no batch
+            n_running = 0
+        yield from finished(n_running)
+    yield from finished(0)
 
 
-def read_written(path: str) -> Written:
-    """Read the output of an earlier run, if there is one."""
-    written = Written()
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    written.torn = line
-                    break
-                written.n_lines += 1
-                written.n_bytes += len(line)
-                written.last = line
-                written.n_errors += line.endswith(b'"}\n')  # only an error is a string
-    return written
+# The output
 
 
-def belongs(line: bytes, text: Text) -> bool:
-    """Tell whether a line of an earlier output, perhaps torn, is for this text (and this model, if it is whole)."""
-    head = text.head.encode()
-    if not line.endswith(b"\n"):
-        return head.startswith(line) or line.startswith(head)
-    if line == text.line().encode():
+def output_line(text: Text, job: Job, encoder: Encoder) -> bytes:
+    """Return the line of the output for a text that is scored."""
+    fields = dict(text.parsed.fields)
+    if text.parsed.error is None:
+        fields |= figures(text, job, encoder)
+    else:
+        fields["error"] = text.parsed.error
+    return (json.dumps(fields) + "\n").encode()
+
+
+def figures(text: Text, job: Job, encoder: Encoder) -> dict[str, Any]:
+    n_tokens = len(text.ids)
+    none = Scores(np.empty(0, np.float32), np.empty(0, bool))
+    all_scores = [row.scores or none for row in text.rows] or [none]
+    nats = np.concatenate([scores.nats for scores in all_scores])
+    total = rounded(nats[:n_tokens].sum(dtype=np.float64))
+    result = {"n_tokens": n_tokens, "nats": total, "perplexity": None, "bits_per_byte": None}
+    if n_tokens:
+        n_bytes = len(text.parsed.text.encode("utf-8", "surrogatepass"))
+        result["bits_per_byte"] = float(f"{total / math.log(2) / n_bytes:.8g}")
+        if total / n_tokens < 700:  # else it is too large for a float
+            result["perplexity"] = float(f"{math.exp(total / n_tokens):.8g}")
+    if job.context_field is not None:
+        is_likeliest = np.concatenate([scores.is_likeliest for scores in all_scores])
+        result["greedy"] = bool(is_likeliest[:n_tokens].all())
+    if job.end:
+        result["end_nats"] = rounded(nats[-1])
+    if job.tokens:
+        result["tokens"] = [token_text(token_id, encoder) for token_id in text.ids]
+        result["token_nats"] = [rounded(each) for each in nats[:n_tokens]]
+    return result
+
+
+def rounded(nats: float) -> float:
+    return round(float(nats), 6) + 0.0  # turns -0.0 into 0.0
+
+
+def token_text(token_id: int, encoder: Encoder) -> str:
+    """Return a token as text, with parts of a character as in `look`: \\xf0."""
+    return encoder.decode_bytes([token_id]).decode("utf-8", "backslashreplace")
+
+
+class Output:
+    """The lines that are written, and a record beside them that tells what they belong to.
+
+    The first line of the record is the Job. Then each line of the output has 8 hexadecimal digits:
+    the beginning of a digest of the lines of the input and of the output up to there. Without the
+    record, the lines of an earlier run are scored again and compared.
+    """
+
+    def __init__(self, path: str, job: Job, open_files: OpenFiles):
+        self.path = path
+        self.job = job
+        self.open_files = open_files
+        self.digest = hashlib.blake2b()
+        self.new_entries: list[bytes] = []  # of the record, until it is opened for writing
+        self.n_lines = 0
+        self.n_bytes = 0
+        self.n_errors = 0
+        self.earlier = b""  # the next line of an earlier run, perhaps torn
+        self.record: BinaryIO | None = None
+        self.is_started = False
+        self.is_file = path != "-" and (os.path.isfile(path) or not os.path.exists(path))
+        if path == "-":
+            self.file: BinaryIO = sys.stdout.buffer
+        else:
+            self.file = open_files.open(path, "a+b" if self.is_file else "ab")
+        if self.is_file:
+            self.file.seek(0)
+            self.earlier = self.file.readline()
+        if self.earlier and os.path.isfile(path + RECORD_SUFFIX):
+            self.record = open_files.open(path + RECORD_SUFFIX, "r+b")
+            self.check_job(self.record.readline())
+
+    def check_job(self, header: bytes) -> None:
+        try:
+            earlier = dict(json.loads(header))
+        except (ValueError, TypeError):
+            raise self.refusal(f"{self.path}{RECORD_SUFFIX} is damaged") from None
+        for name, value in asdict(self.job).items():
+            if earlier.get(name) != value:
+                what = "another model" if name == "model" else f"another --{name}"
+                raise self.refusal(f"{self.path} was written with {what}")
+
+    def refusal(self, problem: str) -> ValueError:
+        return ValueError(f"{problem}; use another --output")
+
+    def check(self, line: Line) -> bool:
+        """Tell whether an earlier run wrote the result of this line.
+
+        Raises ValueError if it wrote that of another line.
+        """
+        if self.record is None or not self.earlier.endswith(b"\n"):
+            return False
+        if self.record.readline() != self.entry(line, self.earlier):
+            raise self.refusal(f"line {line.number + 1} of {self.path} is for another input")
+        self.pass_over()
         return True
-    try:
-        return line.startswith(head) and abs(json.loads(line)["nats"] - text.nats) < 1e-3 * len(
-            text.ids
-        )
-    except (ValueError, TypeError, KeyError):
-        return False
 
+    def entry(self, line: Line, result: bytes) -> bytes:
+        """Return the line of the record for a line of the input and its line of the output."""
+        self.digest.update(line.content.rstrip(b"\0\r\n"))
+        self.digest.update(b"\n")
+        self.digest.update(result)
+        return self.digest.hexdigest()[:8].encode() + b"\n"
 
-def write(texts, file, written: Written, bar) -> tuple[int, int]:
-    """Write the lines that are missing -> (number of texts, number of errors), with those of earlier runs."""
-    n_texts, n_errors, n_tokens, start = 0, written.n_errors, 0, time.monotonic()
-    for text in texts:
-        expected = {written.n_lines - 1: written.last, written.n_lines: written.torn}.get(
-            text.number
-        )
-        if expected and not belongs(expected, text):
-            raise ValueError(
-                f"line {text.number + 1} of the output is for another input or model: use another --output"
-            )
-        n_texts = text.number + 1
-        if n_texts <= written.n_lines:
-            bar.n = bar.initial = bar.last_print_n = text.end
-            continue
-        if expected:
-            file.truncate(written.n_bytes)
-        file.write(text.line().encode())
-        file.flush()
-        n_tokens += max(0, len(text.ids) - 1)
-        n_errors += not text.ids
-        bar.set_postfix_str(
-            f"{n_texts:,} texts, {n_tokens / (time.monotonic() - start):,.0f} tokens/s",
-            refresh=False,
-        )
-        bar.update(text.end - bar.n)
-    if n_texts < written.n_lines + bool(written.torn):
-        raise ValueError("the output has more lines than the input: use another --output")
-    return n_texts, n_errors
+    def pass_over(self) -> None:
+        """Go to the next line of the earlier run."""
+        self.count(self.earlier)
+        self.earlier = self.file.readline()
+
+    def count(self, result: bytes) -> None:
+        self.n_lines += 1
+        self.n_bytes += len(result)
+        if result.endswith(b'"}\n'):  # only an error is a string
+            self.n_errors += 1
+
+    def write(self, line: Line, result: bytes) -> None:
+        """Write a line. If an earlier run left no record, compare its line instead."""
+        if self.earlier.endswith(b"\n"):
+            if result != self.earlier:
+                place = f"line {line.number + 1} of {self.path}"
+                raise self.refusal(f"{place} is for another input or model")
+            self.new_entries.append(self.entry(line, result))
+            self.pass_over()
+            return
+        if not self.is_started:
+            self.start(result)
+        if self.record is not None:
+            self.record.write(self.entry(line, result))
+            self.record.flush()
+        self.file.write(result)
+        self.file.flush()
+        self.count(result)
+
+    def start(self, result: bytes = b"") -> None:
+        """Remove what is left of a line, and open the record. result: the whole of that line."""
+        head = result.partition(b', "nats"')[0]
+        if not self.earlier.startswith(head) and not head.startswith(self.earlier):
+            raise self.refusal(f"the last line of {self.path} is for another input")
+        if self.earlier:
+            self.file.truncate(self.n_bytes)
+            self.earlier = b""
+        if self.record is not None:
+            self.record.truncate(self.record.tell())
+        elif self.is_file:
+            self.record = self.open_files.open(self.path + RECORD_SUFFIX, "wb")
+            header = json.dumps(asdict(self.job)) + "\n"
+            self.record.writelines([header.encode(), *self.new_entries])
+        self.is_started = True
+
+    def finish(self) -> None:
+        """Check that an earlier run did not write more."""
+        if self.earlier:
+            raise self.refusal(f"{self.path} has more lines than the input")
+        if self.new_entries and not self.is_started:
+            self.start()
 
 
 # The command line
 
 
-def parse_arguments(arguments):
-    summary = "Score every text of a corpus with GPT-2. The beginning of this file describes input and output."
-    parser = argparse.ArgumentParser(
-        "python -m examples.score", description=summary, allow_abbrev=False
-    )
-    parser.error = lambda message: parser.exit(
-        2, f"score.py: {message} (--help lists the options)\n"
-    )
-    parser.add_argument(
-        "input", help="JSON Lines, or plain text with one text per line; - is standard input"
-    )
-    parser.add_argument(
-        "--output", default="-", help="continued if it exists; - (the default) is standard output"
-    )
-    parser.add_argument("--field", help='the field of the text in JSON Lines (default: "text")')
-    parser.add_argument(
-        "--model_size", default="124M", help="the model's folder in models_dir (default: 124M)"
-    )
-    parser.add_argument(
-        "--models_dir", default="models", help="the folder of the models (default: models)"
-    )
+def read_texts(
+    source: Input, output: Output, job: Job, model: Model, bar: Any
+) -> Iterator[list[Text]]:
+    """Read windows of texts. Those that an earlier run has written are passed over."""
+    for window in windows(source.lines()):
+        are_written = [output.check(line) for line in window]
+        if all(are_written):
+            position = window[-1].position
+            bar.n = bar.initial = bar.last_print_n = position
+            continue
+        yield [
+            to_text(line, is_written, source.encoding, job, model)
+            for line, is_written in zip(window, are_written, strict=True)
+        ]
+
+
+def write_texts(
+    texts: Iterable[Text], output: Output, job: Job, encoder: Encoder, bar: Any
+) -> None:
+    """Write the texts and show the progress."""
+    n_tokens = 0
+    start = time.monotonic()
+    for text in texts:
+        output.write(text.line, output_line(text, job, encoder))
+        n_tokens += len(text.ids)
+        speed = n_tokens / max(time.monotonic() - start, 1e-3)
+        progress = f"{text.line.number + 1:,} texts, {speed:,.0f} tokens/s"
+        bar.set_postfix_str(progress, refresh=False)
+        bar.update(max(0, text.line.position - bar.n))
+    output.finish()
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message} (--help lists the options)")
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    summary = "Score every text of a corpus with GPT-2. examples/README.md is the manual."
+    parser = Parser("score.py", description=summary, allow_abbrev=False)
+    add = parser.add_argument
+    add("input", help="JSON Lines, or plain text with one text a line; - is standard input")
+    add("--output", default="-", help="continued if it exists (default: standard output)")
+    add("--field", help='the field of the text in JSON Lines (default: "text")')
+    add("--context_field", help="the field of a context in JSON Lines, which is not scored")
+    add("--tokens", action="store_true", help="also write each token and its nats")
+    add("--end", action="store_true", help="also write the nats of the end of each text")
+    add("--model_size", default="124M", help="the model's folder in models_dir (default: 124M)")
+    add("--models_dir", default="models", help="the folder of the models (default: models)")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--workers", type=int, metavar="N", help="start N local processes (needs Dask)"
-    )
-    group.add_argument(
-        "--scheduler",
-        metavar="ADDRESS",
-        help="use the workers of a Dask scheduler, tcp://host:8786",
-    )
+    group.add_argument("--workers", type=int, metavar="N", help="start N processes (needs Dask)")
+    group.add_argument("--scheduler", metavar="ADDRESS", help="use the workers of tcp://host:8786")
     options = parser.parse_args(arguments)
     if options.workers is not None and options.workers < 1:
-        parser.error(f"--workers must be 1 or more, got {options.workers}")
+        raise UsageError(f"--workers must be 1 or more, got {options.workers}")
+    if options.context_field is not None and options.context_field == (options.field or "text"):
+        raise UsageError("--context_field and --field must be different fields")
     return options
 
 
-def n_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def make_job(options: argparse.Namespace, source: Input, model: Model) -> Job:
+    text_field = options.field
+    if text_field is None and (options.context_field is not None or source.is_json_lines()):
+        text_field = "text"
+    if options.end and not model.encoder.end_ids:
+        raise ValueError("--end: the vocabulary has no token for the end of a text")
+    return Job(model.identity, text_field, options.context_field, options.tokens, options.end)
 
 
-def complain(message):
-    with contextlib.suppress(OSError):
-        print(
-            "score.py:",
-            " ".join(str(message).split("\n")) or "out of memory",
-            file=sys.stderr,
-            flush=True,
-        )
+def count_threads() -> int:
+    """Return OMP_NUM_THREADS, or else the number of cores for this process."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def run(options, n_threads: int) -> tuple[int, int]:
-    """Score the input -> (number of texts, number of errors)."""
-    model = (
-        options.model_size,
-        os.path.abspath(options.models_dir),
-    )  # workers may run in another folder
-    encoder, hparams, _ = load(*model)
-    if "<|endoftext|>" not in encoder.encoder:
-        raise ValueError("the vocabulary has no <|endoftext|>, which goes before each text")
-    is_distributed = options.workers or options.scheduler
-    workers = (
-        dask_workers(options.workers, options.scheduler, n_threads)
-        if is_distributed
-        else threads(n_threads)
-    )
-    from_stdin, to_stdout = options.input == "-", options.output == "-"
-    written = Written() if to_stdout else read_written(options.output)
-    first = max(0, written.n_lines - 1)  # the last line is scored again, to compare
-    with (
-        contextlib.nullcontext(sys.stdin.buffer)
-        if from_stdin
-        else open(options.input, "rb") as file,
-        contextlib.nullcontext(sys.stdout.buffer)
-        if to_stdout
-        else open(options.output, "ab") as output,
-        workers as (submit, count_slots),
-        progress_bar(
-            total=None if from_stdin else os.path.getsize(options.input) or None,
-            bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
-        ) as bar,
-    ):
-        first_line = file.readline()
-        field = None
-        if is_json_lines(options.input, options.field, first_line):
-            field = "text" if options.field is None else options.field
-        text_windows = (
-            [to_text(*line, field, encoder) for line in window]
-            for window in windows(number_lines(file, first_line))
-            if window[-1][0] >= first
-        )
-        texts = scored_texts(
-            text_windows, lambda ids: submit(ids, *model), count_slots, hparams["n_ctx"], first
-        )
-        return write(texts, output, written, bar)
+def run(options: argparse.Namespace, open_files: OpenFiles) -> Output:
+    """Score the input. open_files: closes the files at its end."""
+    source = Input(options.input, open_files)
+    models_dir = os.path.abspath(options.models_dir)  # workers may run in another folder
+    model = load(options.model_size, models_dir)
+    job = make_job(options, source, model)
+    output = Output(options.output, job, open_files)
+
+    def to_batch(rows: list[Row]) -> Batch:
+        ids = [row.ids for row in rows]
+        n_targets = [row.n_targets for row in rows]
+        return Batch(options.model_size, models_dir, model.identity, ids, n_targets)
+
+    if options.workers or options.scheduler:
+        workers = dask_workers(options.workers, options.scheduler, count_threads())
+    else:
+        workers = threads(count_threads())
+    bar_format = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+    with workers as pool, progress_bar(total=source.size(), bar_format=bar_format) as bar:
+        windows_of_texts = read_texts(source, output, job, model, bar)
+        texts = scored_texts(windows_of_texts, pool, to_batch)
+        write_texts(texts, output, job, model.encoder, bar)
+    return output
 
 
-def main(arguments=None, n_threads: int = 1) -> int:
-    """Run the command line -> exit status."""
+def command(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     try:
-        n_texts, n_errors = run(options, n_threads)
+        with OpenFiles() as open_files:
+            output = run(options, open_files)
     except KeyboardInterrupt:
-        complain(
-            "interrupted; the same command continues" if options.output != "-" else "interrupted"
-        )
-        return 130
-    except (OSError, ValueError, ImportError, MemoryError) as error:
-        complain(error)
+        hint = "" if options.output == "-" else "; the same command continues"
+        complain("score.py", f"interrupted{hint}")
+        raise
+    if output.n_errors:
+        complain("score.py", f"{output.n_errors} of {output.n_lines} texts could not be scored")
         return 1
-    if n_errors:
-        complain(f"{n_errors} of {n_texts} texts could not be scored")
-    return int(n_errors > 0)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line -> exit status."""
+    return run_command("score.py", command, sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":
-    os._exit(
-        main(None, int(n_threads_wanted or 0) or n_cores())
-    )  # do not wait for batches that nobody needs
+    os._exit(main())  # without waiting for batches that nobody needs

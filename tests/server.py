@@ -8,9 +8,8 @@ import socket
 import struct
 import sys
 import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 ALWAYS = 1000  # requests
@@ -24,13 +23,18 @@ class Fault:
     """How an answer differs from the correct one, which is the requested file or its rest."""
 
     status: int | None = None  # answer with this status and without the file
-    headers: dict = field(default_factory=dict)  # name: value, function(request), None to omit it
+    headers: str = ""  # lines of "Name: value", or "Name" alone to omit a header
     change: Callable[[bytes], bytes] | None = None  # another body, with its own Content-Length
     silent: bool = False  # `then` comes before the status line
     sends: int | None = None  # bytes of the body; None: all
     then: str | None = None  # after that: "close", "reset" or "stall" the connection
     ignores_range: bool = False
     ignores_if_range: bool = False
+
+    def changed_headers(self, start):
+        """-> {name: value, or None to omit it}, with the offset in place of {start}."""
+        pairs = [line.partition(": ") for line in self.headers.splitlines()]
+        return {name: value.format(start=start) if colon else None for name, colon, value in pairs}
 
 
 @dataclass
@@ -57,11 +61,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self):
         super().setup()
-        self.server.connections.add(self.connection)
-
-    def finish(self):
-        self.server.connections.discard(self.connection)
-        super().finish()
+        self.server.connections.append(self.connection)
 
     def log_message(self, *args):
         """Print nothing."""
@@ -85,12 +85,12 @@ class Handler(BaseHTTPRequestHandler):
             request.status, body, headers = self.file_or_rest(request, fault)
         if fault.change:
             body = fault.change(body)
-        headers |= {"Content-Length": len(body)} | fault.headers
+        headers |= {"Content-Length": str(len(body))} | fault.changed_headers(request.start)
         self.close_connection = headers["Content-Length"] is None
         self.send_response(request.status)
         for key, value in headers.items():
             if value is not None:
-                self.send_header(key, str(value(request) if callable(value) else value))
+                self.send_header(key, value)
         self.end_headers()
         self.send(body[: fault.sends], request)
 
@@ -101,9 +101,10 @@ class Handler(BaseHTTPRequestHandler):
         md5 = hashlib.md5(whole)
         stated_md5 = base64.b64encode(md5.digest()).decode()
         headers = {"ETag": f'"{md5.hexdigest()}"', "Last-Modified": DATE}
-        headers |= {key: value for key, value in fault.headers.items() if key in headers}
+        headers |= fault.changed_headers(start)
         if_range = request.headers.get("If-Range")
-        matches = if_range in (None, *headers.values()) or fault.ignores_if_range
+        version = (None, headers["ETag"], headers["Last-Modified"])
+        matches = if_range in version or fault.ignores_if_range
         headers["Content-Type"] = "application/octet-stream"
         if start is None or fault.ignores_range or not matches:
             return 200, whole, headers | {"Content-MD5": stated_md5}
@@ -138,7 +139,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.address = f"http://127.0.0.1:{self.server_port}/base"
         self.files = files
-        self.connections = set()
+        self.connections = []
         self.lock = threading.Lock()
         self.stopping = threading.Event()
         self.gate = threading.Event()  # while it is not set, answers are held back
@@ -153,8 +154,13 @@ class Server(ThreadingHTTPServer):
         self.action = None
 
     def misbehave(self, name, *faults, times=1):
-        """Answer requests for name with one fault each, and `times` of them with the last one."""
-        self.faults[name] = [*faults[:-1], *[faults[-1]] * times]
+        """Answer requests for name with one fault each, and `times` of them with the last one.
+
+        A number stands for a status, a text for headers.
+        """
+        kinds = {int: "status", str: "headers"}
+        faults = [f if isinstance(f, Fault) else Fault(**{kinds[type(f)]: f}) for f in faults]
+        self.faults[name] = faults[:-1] + faults[-1:] * times
 
     def after(self, n_bytes, action):
         """Call action() once when n_bytes are sent in total. Nothing is sent meanwhile."""
@@ -177,11 +183,6 @@ class Server(ThreadingHTTPServer):
                 self.action()
                 self.action = None
 
-    def wait_for_nobody(self):
-        """Return when all clients have disconnected, so that the list of requests is complete."""
-        while self.connections:
-            time.sleep(0.01)
-
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], OSError):  # OSError: the client has disconnected
             super().handle_error(request, client_address)
@@ -196,7 +197,7 @@ class Server(ThreadingHTTPServer):
         self.thread.join()
         self.stopping.set()
         self.gate.set()
-        for connection in self.connections.copy():  # connections that a client keeps open
+        for connection in self.connections:  # clients may keep them open
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         self.server_close()

@@ -1,9 +1,9 @@
-"""The command line, mostly as a subprocess. The library gives the expected texts."""
+"""The command line, mostly in this process. Real processes are for what needs one."""
 
 import contextlib
 import functools
-import http.server
 import inspect
+import io
 import os
 import pty
 import re
@@ -11,628 +11,642 @@ import select
 import signal
 import subprocess
 import sys
-import threading
-import time
+from typing import NamedTuple
+from unittest import mock
 
+import numpy as np
 import pytest
 from helpers import (
+    FILES,
     ROOT,
     SMALL_HPARAMS,
-    random_variables,
+    copy_model,
+    float64_gpt2,
+    random_params,
     read_terminal,
-    save_variables,
-    write_model,
+    tiktoken_encoding,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from server import Server
 
 import gpt2
-from utils import load_encoder_hparams_and_params
+import utils
 
 N = 6  # tokens that a test asks for
-GPT2_PY = str(ROOT / "gpt2.py")
-NO_NETWORK = {"GPT2_BASE_URL": "http://127.0.0.1:9"}  # nothing answers there
+END = 268  # the id of <|endoftext|> in the small vocabulary
+ROMEO = (  # what transformers makes of "ROMEO:" with the tiny model
+    "\nI'll not be a brave, and I'll be accounted\nTo see the body of my body.\n\nROMEO:\nO, I"
+)
+USAGE_LINES = 3
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self):
+        return True
+
+
+def run(*words, stdin=b"", stream=io.TextIOWrapper):
+    """Run the command line in this process -> Result."""
+    out = io.StringIO()
+    err = io.StringIO()
+    with (
+        mock.patch.object(sys, "stdin", stream(io.BytesIO(stdin), "utf-8")),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        status = gpt2.command_line(list(words))
+    return Result(status, out.getvalue(), err.getvalue())
+
+
+def start(*words, python=("-W", "error"), env=(), **streams):
+    """Start the command line as a process."""
+    environment = os.environ | dict(env)
+    environment.pop("PYTHONUNBUFFERED", None)  # it would hide a missing flush
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | streams
+    command = [sys.executable, *python, str(ROOT / "gpt2.py"), *words]
+    return subprocess.Popen(command, env=environment, **streams)
+
+
+def run_process(*words, stdin=b"", **kwargs):
+    """Run the command line as a process -> Result with bytes."""
+    with start(*words, **kwargs) as process:
+        out, err = process.communicate(stdin, timeout=120)
+    return Result(process.returncode, out, err)
+
+
+def options_for(models_dir, model_size, n):
+    return [
+        f"--models_dir={models_dir}",
+        f"--model_size={model_size}",
+        f"--n_tokens_to_generate={n}",
+    ]
 
 
 @pytest.fixture(scope="module")
-def models_dir(small_model):
-    load_encoder_hparams_and_params("small", str(small_model.parent))
-    return small_model.parent
+def small_dir(small_model):
+    """The models_dir of the small model, which has been verified."""
+    utils.load_encoder_hparams_and_params("small", str(small_model.parent))
+    return str(small_model.parent)
 
 
-def options_for(models_dir, model_size="small", n=N):
-    return [
-        "--models_dir",
-        str(models_dir),
-        "--model_size",
-        model_size,
-        "--n_tokens_to_generate",
-        str(n),
-    ]
+@pytest.fixture(scope="module")
+def small(small_dir):
+    """The options for the small model."""
+    return options_for(small_dir, "small", N)
 
 
-def run(*arguments, models_dir=None, python=("-W", "error"), env=(), **kwargs):
-    """Run the command line, by default with the small model if models_dir is given, and capture its output."""
-    command = [
-        sys.executable,
-        *python,
-        GPT2_PY,
-        *arguments,
-        *(options_for(models_dir) if models_dir else []),
-    ]
-    environment = {**os.environ, **dict(env)}
-    environment.pop("PYTHONUNBUFFERED", None)  # it would hide a missing flush
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | kwargs
-    return subprocess.run(command, timeout=120, env=environment, **streams)
+@pytest.fixture(scope="module")
+def oracle(small_dir):
+    """A function that continues a prompt with tiktoken, the model in float64, and argmax."""
+    encoding = tiktoken_encoding(small_dir, "small")
+    params = random_params(SMALL_HPARAMS)
+
+    @functools.cache
+    def continue_text(prompt, special=False):
+        ids = encoding.encode(
+            prompt, allowed_special="all" if special else set(), disallowed_special=()
+        )
+        ids = ids or [END]
+        new_ids = []
+        while len(new_ids) < N:
+            logits = float64_gpt2(ids + new_ids, params, SMALL_HPARAMS["n_head"])
+            new_id = int(np.argmax(logits[-1]))
+            if new_id == END:
+                break
+            new_ids.append(new_id)
+        return encoding.decode(new_ids) + "\n"
+
+    return continue_text
 
 
-def expected(models_dir, prompt, **options):
-    """The output for a prompt, by way of the library and all tokens at once."""
-    encoder, hparams, params = load_encoder_hparams_and_params("small", str(models_dir))
-    ids = encoder.encode(prompt) or [268]
-    return (
-        encoder.decode(
-            gpt2.generate(ids, params, hparams["n_head"], N, stop_id=268, **options)
-        ).encode()
-        + b"\n"
-    )
+def assert_error(result, status, *parts):
+    """It printed only one line, on standard error, with these parts."""
+    assert (result.status, result.out) == (status, ""), result
+    assert re.fullmatch(r"gpt2\.py: [^\n]+\n", result.err)
+    for part in parts:
+        assert part in result.err
 
 
-def assert_output(result, output):
-    assert (result.returncode, result.stderr) == (0, b"")
-    assert result.stdout == output
-
-
-def assert_one_line(result, status, *words):
-    """It failed with one line on standard error that contains these words, and printed nothing else."""
-    assert result.returncode == status, result.stderr
-    assert result.stdout == b""
-    assert re.fullmatch(rb"gpt2\.py: [^\n]+\n", result.stderr), result.stderr
-    for word in words:
-        assert word in result.stderr.decode()
+def assert_usage_error(words, *parts):
+    """It is refused before anything is loaded."""
+    with mock.patch.object(utils, "load_encoder_hparams_and_params", side_effect=AssertionError):
+        assert_error(run(*words), 2, *parts)
 
 
 # Prompts
 
 
-PROMPTS = [
-    *(
-        "the",
-        "1984",
-        "1, 2, 3",
-        "None",
-        "a #b",
-        "{x}",
-        "[1]",
-        "'q'",
-        '"',
-        "",
-        " ",
-        "x=1",
-        "é\n",
-        "-1",
-        "True",
-        "\\n",
-    ),
-]
+PROMPTS = (
+    *("the", "1984", "1, 2, 3", "None", "a #b", "{x}", "[1]", "'q'", '"', "", " ", "x=1", "é\n"),
+    *("-1", "True", "\\n", "- a", "--the", "-a", "--help me", "--", "a<|endoftext|>b"),
+)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_prompts_are_taken_literally(models_dir, prompt):
-    assert_output(run(prompt, models_dir=models_dir), expected(models_dir, prompt))
+def test_prompts_are_taken_literally(small, oracle, prompt):
+    expected = Result(0, oracle(prompt), "")
+    assert run(f"--prompt={prompt}", *small) == expected
+    if not re.match("--|-[a-z]", prompt):
+        assert run(prompt, *small) == expected
+        assert run("--prompt", prompt, *small) == expected
 
 
-@pytest.mark.parametrize("prompt", ["--the", "-a", "--help me", "--"])
-def test_a_prompt_that_starts_with_a_dash(models_dir, prompt):
-    assert_output(run(f"--prompt={prompt}", models_dir=models_dir), expected(models_dir, prompt))
-
-
+@pytest.mark.parametrize("words", [["-"], []])
 @pytest.mark.parametrize(
-    ("text", "prompt"),
-    [("thé\n", "thé"), ("the", "the"), ("a\r\n", "a"), ("a\n\n", "a\n"), ("", "")],
+    ("content", "prompt"),
+    [
+        ("thé\n", "thé"),
+        ("the", "the"),
+        ("a\r\n", "a"),
+        ("a\n\n", "a\n"),
+        ("\ufeffthe\nand", "the\nand"),
+    ],
 )
-def test_a_prompt_from_standard_input(models_dir, text, prompt):
-    assert_output(
-        run("-", models_dir=models_dir, input=text.encode()), expected(models_dir, prompt)
-    )
+def test_a_prompt_from_standard_input(small, oracle, words, content, prompt):
+    assert run(*words, *small, stdin=content.encode()) == Result(0, oracle(prompt), "")
 
 
-def test_a_prompt_that_is_not_utf8_is_an_error(models_dir):
-    assert_one_line(run("-", models_dir=models_dir, input=b"\xff"), 1, "not UTF-8")
-    assert_one_line(run(b"\xff", models_dir=models_dir), 2, "not UTF-8")
-    assert_one_line(run("the", b"--stop=\xff", models_dir=models_dir), 2, "not UTF-8")
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xef\xbb\xbf"])
+def test_empty_standard_input(small, oracle, content):
+    """It is an empty prompt only if it was asked for."""
+    assert run("-", *small, stdin=content) == Result(0, oracle(""), "")
+    assert_usage_is_shown(run(*small, stdin=content))
 
 
-def test_letters_outside_ascii_arrive_in_the_c_locale(models_dir):
-    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    output = expected(models_dir, "é中").decode().encode("ascii", "replace")
-    assert output != expected(models_dir, "\ufffd\ufffd").decode().encode("ascii", "replace")
-    assert_output(run("é中", models_dir=models_dir, env=environment), output)
+def test_no_prompt_at_a_terminal():
+    assert_usage_is_shown(run(stream=Terminal))
+    assert_usage_is_shown(run("--seed=1", stream=Terminal))
+
+
+def assert_usage_is_shown(result):
+    assert (result.status, result.out) == (2, "")
+    lines = result.err.splitlines()
+    assert len(lines) == USAGE_LINES
+    assert "GPT-2" in lines[0]
+    assert "gpt2.py --help" in lines[2]
+    example = re.search(r'gpt2\.py "(.*)" (--model_size) (tiny)$', lines[1])
+    offline = run(*example.groups(), "--n_tokens_to_generate=3")
+    assert offline == Result(0, "\nI'll\n", "")
+
+
+@pytest.mark.parametrize("words", [["-"], [], ["\udcff"], ["the", "--stop=\udcff"]])
+def test_text_that_is_not_utf_8(small, words):
+    status = 2 if any("\udcff" in word for word in words) else 1
+    assert_error(run(*words, *small, stdin=b"the\xff"), status, "not UTF-8")
+
+
+def test_special_tokens(small, oracle):
+    prompt = "the<|endoftext|>and"
+    as_text = oracle(prompt)
+    as_token = oracle(prompt, special=True)
+    assert as_text != as_token
+    assert run(prompt, *small).out == as_text
+    assert run(prompt, "--special_tokens", *small).out == as_token
+    assert run("--special-tokens", prompt, *small).out == as_token
+    lines = f"{prompt}\nthe\n{prompt}\n".encode()
+    answers = as_token + oracle("the") + as_token
+    assert run("--special_tokens", "--interactive", *small, stdin=lines).out == answers
 
 
 # Options
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "words",
     [
-        ["the", "6", "small", "MODELS"],
-        ["the", "6", "--model_size=small", "--models_dir=MODELS"],
-        ["the", "--n-tokens-to-generate", "6", "--model-size", "small", "--models-dir", "MODELS"],
-        ["-p", "the", "--n_tokens_to_generate=6", "--model_size", "small", "--models-dir=MODELS"],
-        ["-p=the", "6", "small", "MODELS"],
-        ["--models_dir=MODELS", "the", "--model_size=small", "6"],
-        ["--prompt", "the", "6", "small", "MODELS"],
+        ["the", "6", "small", "DIR"],
+        ["the", "6", "--model_size=small", "--models_dir=DIR"],
+        ["the", "--n-tokens-to-generate", "6", "--model-size", "small", "--models-dir", "DIR"],
+        ["-p", "the", "--n_tokens_to_generate=6", "--model_size", "small", "--models-dir=DIR"],
+        ["-p=the", "6", "small", "DIR"],
+        ["--models_dir=DIR", "the", "--model_size=small", "6"],
+        ["--prompt", "the", "6", "small", "DIR"],
+        ["the", "6", "--seed=1", "small", "--temperature=0", "DIR", "--seed", "2"],
     ],
     ids=" ".join,
 )
-def test_arguments_of_picogpt(models_dir, arguments):
-    result = run(*(argument.replace("MODELS", str(models_dir)) for argument in arguments))
-    assert_output(result, expected(models_dir, "the"))
+def test_arguments_of_picogpt(small_dir, oracle, words):
+    result = run(*(word.replace("DIR", small_dir) for word in words))
+    assert (result.status, result.out) == (0, oracle("the"))
 
 
-def test_sampling_options(models_dir):
-    options = {"temperature": 2.0, "top_k": 50, "top_p": 0.95, "seed": 7}
-    arguments = [f"--{name}={value}" for name, value in options.items()]
-    assert_output(
-        run("the", *arguments, models_dir=models_dir), expected(models_dir, "the", **options)
-    )
-    result = run("the", *arguments, "--n_samples", "3", models_dir=models_dir)
-    text = gpt2.main("the", N, "small", str(models_dir), **options, n_samples=3)
-    assert re.findall(r"^=+ SAMPLE (\d) =+$", text, re.MULTILINE) == ["1", "2", "3"]
-    assert_output(result, text.encode() + b"\n")  # a newline after the last sample, too
+@pytest.mark.parametrize("words", [["--top_k=1"], ["--top-p", "1e-6"], ["--temperature", "1e-9"]])
+def test_sampling_from_one_token_is_greedy(small, oracle, words):
+    assert run("the", "--temperature=2", "--seed", "7", *words, *small).out == oracle("the")
 
 
-def test_stop_text(models_dir):
-    text = expected(models_dir, "the").decode()
-    assert_output(
-        run("the", "--stop", text[3:5], models_dir=models_dir),
-        text[: text.find(text[3:5])].encode() + b"\n",
-    )
+def test_sampling(small, small_dir, oracle):
+    words = ["the", "--temperature", "2.5", "--top_k", "50", "--top_p=.95", *small]
+    first = run(*words, "--seed=1").out
+    assert first == run(*words, "--seed", "1").out
+    assert len({first, run(*words, "--seed=2").out, oracle("the")}) == 3
+    options = {"temperature": 2.5, "top_k": 50, "top_p": 0.95, "seed": 1}
+    assert first == gpt2.main("the", N, "small", small_dir, **options) + "\n"
+
+
+def test_samples_have_headings(small, oracle):
+    result = run("the", "--n_samples", "3", "--temperature=9", "--top_k=1", *small)
+    line = "=" * 40
+    headings = [f"{line} SAMPLE {number} {line}\n" for number in (1, 2, 3)]
+    assert result == Result(0, "".join(heading + oracle("the") for heading in headings), "")
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("stops", "end"),
     [
-        ["--seed", "1"],
-        ["--top-k=5"],
-        ["--top_p=.5", "--seed=2"],
-        ["--n_samples", "2", "--temperature=0"],
+        (["\\n\\n"], "\n\n"),
+        (["brave", "not"], "not"),
+        (["not", "brave"], "not"),
+        (["see\\tthe", "body\\n"], None),
+        (["my body.\\n"], "my body.\n"),
+        (["\\\\n", "a"], "a"),
+        (["-", "True"], None),
     ],
 )
-def test_options_without_effect_give_a_warning(models_dir, arguments):
-    result = run("the", *arguments, models_dir=models_dir)
-    assert result.returncode == 0
-    assert expected(models_dir, "the") in result.stdout
-    assert re.fullmatch(
-        rb"gpt2\.py: warning: at temperature 0, these options have no effect: [^\n]*\n",
-        result.stderr,
-    )
-    named = re.findall(r"--\w+", result.stderr.decode())
-    given_names = [
-        re.match(r"--[\w-]+", word)[0].replace("-k", "_k")
-        for word in arguments
-        if word.startswith("--")
-    ]
-    assert sorted(named) == sorted(set(given_names) - {"--temperature"})
+def test_stop_texts(models_dir, stops, end):
+    words = [word for stop in stops for word in ("--stop", stop)]
+    text = ROMEO if end is None else ROMEO.partition(end)[0]
+    assert run("ROMEO:", *words, *options_for(models_dir, "tiny", 40)) == Result(0, f"{text}\n", "")
+
+
+def test_a_backslash_in_a_stop_text(small):
+    with mock.patch.object(gpt2, "continuation", return_value=()) as continuation:
+        run("a", "--stop", r"\\n\n\t\a\\", "--stop=é", *small)
+    assert continuation.call_args.kwargs["stop"] == ["\\n\n\t\\a\\", "é"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("words", "warnings"),
     [
-        ([], ["prompt"]),
-        (["a", "b"], ["n_tokens_to_generate must be a whole number", "'b'", "prompt in quotes"]),
-        (
-            ["a", "upper"],
-            ["n_tokens_to_generate must be a whole number", "'upper'", "prompt in quotes"],
-        ),
-        (["a", "1", "small", "models", "more"], ["more", "prompt in quotes"]),
-        (["a", "--nope", "1"], ["--nope"]),
-        (["a", "--nope=1"], ["--nope"]),
-        (
-            ["a", "--n_tokens_to_generate", "x"],
-            ["n_tokens_to_generate must be a whole number, 0 or more, got 'x'"],
-        ),
-        (["a", "--n_tokens_to_generate", "2.5"], ["a whole number, 0 or more, got '2.5'"]),
-        (
-            ["a", "--n_tokens_to_generate", "-1"],
-            ["n_tokens_to_generate must be a whole number, 0 or more, got -1"],
-        ),
-        (["a", "--n_tokens_to_generate"], ["--n_tokens_to_generate"]),
-        (["a", "-n", "3"], ["-n", "ambiguous", "n_tokens_to_generate", "n_samples"]),
-        (["a", "--model-size", "--seed", "1"], ["--model-size"]),
-        (["--prompt", "--like this"], ["--prompt"]),
+        (["--seed", "1"], ["no effect: --seed"]),
+        (["--top-k=5", "--top_p=.5", "--temperature=0"], ["no effect: --top_k, --top_p"]),
+        (["--n_samples", "2"], ["all samples are equal"]),
+        (["--n_samples", "1"], []),
+        (["--top_k=1", "--temperature=1e-3"], []),
+    ],
+)
+def test_options_without_effect_give_a_warning(small, oracle, words, warnings):
+    result = run("the", *words, *small)
+    assert result.status == 0
+    assert oracle("the") in result.out
+    lines = result.err.splitlines()
+    assert len(lines) == len(warnings)
+    for line, warning in zip(lines, warnings, strict=True):
+        assert line.startswith("gpt2.py: warning: at temperature 0, ")
+        assert line.endswith(warning)
+
+
+OTHER_WORDS = {
+    "model": "model_size",
+    "temp": "temperature",
+    "length": "n_tokens_to_generate",
+    "max_tokens": "n_tokens_to_generate",
+    "max-new-tokens": "n_tokens_to_generate",
+    "max_token": "n_tokens_to_generate",
+    "num_samples": "n_samples",
+    "nsamples": "n_samples",
+    "models_dri": "models_dir",
+    "modelsize": "model_size",
+    "temprature": "temperature",
+    "Temperature": "temperature",
+    "topp": "top_p",
+    "interactve": "interactive",
+    "special": "special_tokens",
+    "promt": "prompt",
+    "noprompt": "prompt",
+}
+
+
+@pytest.mark.parametrize("typed", OTHER_WORDS)
+def test_another_name_of_an_option(typed):
+    words = [f"there is no option --{typed}; ", f"did you mean --{OTHER_WORDS[typed]}?\n"]
+    assert_usage_error(["hi", f"--{typed}", "1"], *words)
+    assert_usage_error([f"--{typed}=1"], *words)
+    assert_usage_error(["hi", f"--{typed}"], *words)
+
+
+QUOTES = "put the prompt in quotes"
+WHOLE = "must be a whole number, 0 or more, got"
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["a", "b"], [QUOTES, "'b' is taken for n_tokens_to_generate"]),
+        (["a", "upper"], [QUOTES, "'upper'"]),
+        (["a", "1", "small", "models", "more"], [QUOTES, "'more'"]),
+        (["--prompt=a", "b"], [QUOTES, "'b'"]),
+        (["-like this"], ["-like this", "--prompt="]),
+        (["--prompt", "--like this"], ["--prompt needs a value", "--prompt=-x"]),
         (["--prompt", "-like this"], ["--prompt"]),
-        (["-like this"], ["prompt"]),
+        (["a", "--nope", "1"], ["--nope", "--help"]),
+        (["a", "--nope=1"], ["--nope;"]),
         (["a", "--no_color"], ["--no_color"]),
-        (["--noprompt"], ["--noprompt"]),
-        (["a", "--seed", "-x"], ["--seed"]),
-        (["a", "--seed", "-3"], ["seed must be a whole number, 0 or more, got -3"]),
-        (["a", "--temperature", "-0.5"], ["temperature must be a number, 0 or more, got -0.5"]),
-        (["a", "--temperature", "nan"], ["temperature must be a number, 0 or more, got nan"]),
-        (["a", "--temperature", "warm"], ["temperature must be a number, 0 or more, got 'warm'"]),
-        (["a", "--top_p", "0"], ["top_p must be above 0 and at most 1, got 0.0"]),
-        (["a", "--top_k", "-3"], ["top_k must be a whole number, 0 or more, got -3"]),
-        (["a", "--n_samples", "0"], ["n_samples must be a whole number from 1 to 100000, got 0"]),
-        (["a", "--stop", ""], ["stop must be a non-empty text, got ''"]),
-        (["a", "--", "--trace"], ["--"]),
-        (["a", "--interactive"], ["'a'"]),
-        (["--interactive", "a"], ["'a'"]),
-        (["-", "--", "--interactive"], ["--"]),
+        (["a", "-n", "3"], ["-n is ambiguous", "--n_tokens_to_generate or --n_samples"]),
+        (["a", "-t", "1"], ["-t is ambiguous", "--temperature, --top_k or --top_p"]),
+        (["a", "-s=1"], ["-s is ambiguous", "--seed, --stop or --special_tokens"]),
+        (["a", "-x"], ["no option -x"]),
+        (["a", "--model-size", "--seed", "1"], ["--model-size needs a value"]),
+        (["a", "--n_tokens_to_generate"], ["--n_tokens_to_generate needs a value"]),
+        (["a", "--stop"], ["--stop needs a value"]),
+        (["a", "--seed", "-x"], ["--seed needs a value"]),
+        (["a", "--interactive=True"], ["--interactive takes no value"]),
+        (["a", "--special-tokens=1"], ["--special-tokens takes no value"]),
+        (["a", "--", "--trace"], ["no option --;"]),
+        (["-", "--", "--interactive"], ["no option --;"]),
+        (["a", "--n_tokens_to_generate", "x"], [f"n_tokens_to_generate {WHOLE} 'x'"]),
+        (["a", "--n_tokens_to_generate=2.5"], [f"n_tokens_to_generate {WHOLE} '2.5'"]),
+        (["a", "-1"], [f"n_tokens_to_generate {WHOLE} '-1'"]),
+        (["a", "--seed", "-3"], [f"--seed {WHOLE} '-3'"]),
+        (["a", "--top_k", "-3"], [f"--top_k {WHOLE} '-3'"]),
+        (["a", "--temperature", "-0.5"], ["--temperature must be a number, 0 or more, got '-0.5'"]),
+        (["a", "--temperature", "nan"], ["must be a number, 0 or more, got 'nan'"]),
+        (["a", "--temperature", "hot"], ["must be a number, 0 or more, got 'hot'"]),
+        (["a", "--top_p", "90"], ["--top_p must be above 0 and at most 1, got '90'", "90% is 0.9"]),
+        (["a", "--n_samples", "0"], ["must be a whole number from 1 to 100000, got '0'"]),
+        (["a", "--stop", ""], ["--stop must be a non-empty text, got ''"]),
     ],
     ids=str,
 )
-def test_unusable_arguments_are_one_line_before_any_work(arguments, words):
-    assert_one_line(run(*arguments, env=NO_NETWORK), 2, *words)
+def test_unusable_words_are_one_line_before_any_work(words, parts):
+    assert_usage_error(words, *parts)
+    if QUOTES not in parts:
+        with pytest.raises(AssertionError):
+            assert_usage_error(words, QUOTES)
 
 
-def test_help_matches_the_signature():
-    page = run("--help")
-    assert (page.returncode, page.stderr) == (0, b"")
-    shown = dict(re.findall(r"^ *--(\w+) +(\S+)?(?=  |\n)", page.stdout.decode(), re.MULTILINE))
-    defaults = {
-        name: "" if parameter.default is None else str(parameter.default)
-        for name, parameter in inspect.signature(gpt2.main).parameters.items()
-        if name != "prompt"
-    }
-    assert {name: shown[name] for name in defaults} == defaults
-    assert shown.keys() - defaults.keys() == {"interactive", "help"}
-    assert "python gpt2.py " in page.stdout.decode()
-    assert max(map(len, page.stdout.decode().splitlines())) <= 120
+@pytest.mark.parametrize("python", [[], ["-OO"]])
+def test_help_matches_the_signature(python):
+    page = run_process("a", "--nope", "-h", python=python).out.decode()
+    assert page == run("--help").out
+    shown = dict(re.findall(r"^ *--(\w+) +(\S+)?(?=  |\n)", page, re.MULTILINE))
+    defaults = {}
+    for name, parameter in inspect.signature(gpt2.main).parameters.items():
+        if name not in ("prompt", "special_tokens"):
+            defaults[name] = "" if parameter.default is None else str(parameter.default)
+    assert {name: shown.pop(name) for name in defaults} == defaults
+    assert shown == {"special_tokens": "", "interactive": "", "help": ""}
+    assert max(map(len, page.splitlines())) <= 100
 
 
 # Errors after the arguments
 
 
-def test_errors_are_one_line(tmp_path):
-    assert_one_line(
-        run("a", "--model_size", "nope"), 1, "no model", "nope", "124M, 355M, 774M, 1558M"
-    )
-    assert_one_line(run("a", "--model_size", "../x"), 1, "'../x'")
-    environment = {"GPT2_BASE_URL": "nonsense"}
-    assert_one_line(
-        run("a", "--models_dir", str(tmp_path), env=environment), 1, "GPT2_BASE_URL", "'nonsense'"
-    )
+def test_a_model_that_does_not_exist(small_dir):
+    found = ["there is no model", "124M, 355M, 774M, 1558M"]
+    assert_error(run("a", "--model_size", "nope", "--models_dir", small_dir), 1, *found, "small")
+    hint = f"{QUOTES}; 'poems' is taken for model_size, but there is no model"
+    assert_error(run("write", "40", "poems", "--models_dir", small_dir), 1, hint, *found, "small")
+    assert_error(run("write", "40", "poems", "there"), 1, hint)
+    for words in (["--model_size=poems"], ["40", "--model_size", "poems"]):
+        result = run("a", *words, "--models_dir", small_dir)
+        assert_error(result, 1, *found)
+        assert QUOTES not in result.err
+
+
+def test_a_folder_that_cannot_be_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT2_BASE_URL", "nonsense")
+    words = ["a", "3", "124M", str(tmp_path)]
+    result = run(*words)
+    assert_error(result, 1, "GPT2_BASE_URL", "'nonsense'")
+    assert QUOTES not in result.err  # 124M is a model's name
+    monkeypatch.setenv("GPT2_BASE_URL", "http://127.0.0.1:9")
     (tmp_path / "124M").write_text("a file where a folder should be")
-    assert_one_line(run("a", "--models_dir", str(tmp_path)), 1, "124M")
+    assert_error(run(*words), 1, "124M")
 
 
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (MemoryError(), "out of memory"),
-        (OverflowError("too large"), "too large"),
-        (ImportError("no x"), "no x"),
-    ],
-)
-def test_exceptions_are_one_line(models_dir, monkeypatch, capfdbinary, error, words):
-    def continuation(*_, **__):
-        raise error
-
-    monkeypatch.setattr(gpt2, "continuation", continuation)
-    with open(os.devnull) as nothing:
-        monkeypatch.setattr(sys, "stdin", nothing)
-        assert gpt2.command_line(["the", *options_for(models_dir)]) == 1
-    assert capfdbinary.readouterr() == (b"", f"gpt2.py: {words}\n".encode())
+@pytest.mark.parametrize("name", [b"m\xff", b"[a]*?", "é".encode()])
+def test_a_folder_with_any_name(tmp_path, name):
+    folder = tmp_path / os.fsdecode(name)
+    copy_model(ROOT / "models" / "tiny", folder / "tiny")
+    assert run("ROMEO:", "40", "tiny", str(folder)) == Result(0, f"{ROMEO}\n", "")
 
 
-@pytest.mark.parametrize("name", ["model/wte", "model/h0/mlp/c_fc/w", "model/h1/ln_1/b"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_damaged_parameters_are_one_line(tmp_path, name, value):
-    model_dir, variables = write_model(tmp_path / "small"), random_variables(SMALL_HPARAMS)
-    variables[name][..., 1] = value
-    save_variables(model_dir / "model.ckpt", variables)
-    load_encoder_hparams_and_params("small", str(tmp_path))
-    assert_one_line(
-        run("the", models_dir=tmp_path), 1, "the logits are not finite: the parameters are damaged"
-    )
+def test_damaged_parameters(small, small_dir):
+    encoder, hparams, params = utils.load_encoder_hparams_and_params("small", small_dir)
+    for value in (np.nan, np.inf):
+        for key, array in params["ln_f"].items():
+            damaged = params | {"ln_f": params["ln_f"] | {key: np.full_like(array, value)}}
+            model = encoder, hparams, damaged
+            with mock.patch.object(utils, "load_encoder_hparams_and_params", return_value=model):
+                assert_error(run("the", *small), 1, "the logits are not finite")
+                result = run("--interactive", *small, stdin=b"the\nand\n")
+            assert (result.status, result.out) == (1, "")
+            assert result.err.count("gpt2.py: the logits are not finite") == 2
 
 
-@pytest.fixture
-def server(tmp_path):
-    """A server with a small model under the name 124M -> its address and the list of paths that were requested."""
-    asked = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            asked.append(self.path)
-
-    write_model(tmp_path / "served" / "124M")
-    handler = functools.partial(Handler, directory=tmp_path / "served")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{httpd.server_port}", asked
-        httpd.shutdown()
-        thread.join()
+@pytest.mark.parametrize("error", [MemoryError(), OverflowError("too large"), OSError("no x")])
+def test_exceptions_are_one_line(small, error):
+    with mock.patch.object(gpt2, "continuation", side_effect=error):
+        assert_error(run("the", *small), 1, str(error) or "out of memory")
 
 
-def test_from_a_server_to_the_text(models_dir, server, tmp_path):
-    address, asked = server
-    environment = {"GPT2_BASE_URL": address, "GPT2_ALLOW_UNVERIFIED": "1"}
-    arguments = ["the", "--models_dir", str(tmp_path / "models"), "--n_tokens_to_generate", str(N)]
-    first, second = run(*arguments, env=environment), run(*arguments, env=environment)
-    assert first.stdout == second.stdout == expected(models_dir, "the")
-    assert (first.returncode, second.returncode) == (0, 0)
-    assert re.fullmatch(rb"warning: GPT2_ALLOW_UNVERIFIED [^\n]+\n", first.stderr)
-    assert second.stderr == b""
-    assert len(asked) == 7
-    environment = {"GPT2_BASE_URL": address}
-    assert_one_line(
-        run("the", "--models_dir", str(tmp_path / "other"), env=environment), 1, "/124M/", "sha256"
-    )
-
-
-def test_a_warm_run_loads_neither_tensorflow_nor_requests(models_dir):
-    code = (
-        "import sys, gpt2; status = gpt2.command_line(sys.argv[1:]);"
-        "print(status, {'tensorflow', 'requests'} & set(sys.modules))"
-    )
-    command = [sys.executable, "-c", code, "the", *options_for(models_dir)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    assert result.stdout.endswith(b"\n0 set()\n")
-
-
-# Streams
-
-
-@contextlib.contextmanager
-def pipe_without_reader():
-    reader, writer = os.pipe()
-    os.close(reader)
-    yield writer
-    os.close(writer)
-
-
-def test_nobody_reads_the_output(models_dir):
-    with pipe_without_reader() as writer:
-        result = run("the", models_dir=models_dir, stdout=writer)
-    assert (result.returncode, result.stderr) == (0, b"")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status"), [(["a", "--nope"], 2), (["a", "--model_size", "nope"], 1)]
-)
-def test_nobody_reads_the_error(arguments, status):
-    with pipe_without_reader() as writer:
-        assert run(*arguments, stderr=writer).returncode == status
-        assert run(*arguments, stdout=writer, stderr=writer).returncode == status
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_output_that_cannot_be_written(models_dir):
-    for arguments in (
-        ["the", *options_for(models_dir)],
-        ["the", *options_for(models_dir, n=0)],
-        ["--help"],
-    ):
-        with open("/dev/full", "wb") as full:
-            result = run(*arguments, stdout=full)
-        assert result.returncode == 1
-        assert re.fullmatch(rb"gpt2\.py: [^\n]+\n", result.stderr)
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_an_error_that_cannot_be_written_keeps_its_status():
-    with open("/dev/full", "wb") as full:
-        assert run("a", "--nope", stderr=full).returncode == 2
-
-
-@pytest.mark.parametrize("redirection", ["<&-", "2>&-", ">&-"])
-def test_a_closed_stream(tmp_path, redirection):
-    """In a first load, which redirects standard error, and in a later one. Closed input counts as empty."""
-    write_model(tmp_path / "small")
-    arguments = " ".join(options_for(tmp_path))
-    for _ in range(2):
-        command = f"{sys.executable} {GPT2_PY} - {arguments} {redirection}"
-        result = subprocess.run(command, shell=True, capture_output=True, input=b"the")
-        shown = expected(tmp_path, "" if redirection == "<&-" else "the")
-        assert_output(result, b"" if redirection == ">&-" else shown)
-    interactive = f"{sys.executable} {GPT2_PY} --interactive {arguments} <&-"
-    assert subprocess.run(interactive, shell=True, capture_output=True).stderr == b""
-
-
-def test_characters_that_the_output_cannot_show(models_dir):
-    environment = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    text = expected(models_dir, "the", seed=1, temperature=9.0).decode()
-    assert not text.isascii()
-    result = run("the", "--seed=1", "--temperature=9", models_dir=models_dir, env=environment)
-    assert_output(result, text.encode("ascii", "replace"))
-
-
-def test_output_under_the_profiler_and_before_python_i(models_dir):
-    result = run("the", models_dir=models_dir, python=["-m", "cProfile"])
-    assert result.returncode == 0
-    assert result.stdout.startswith(expected(models_dir, "the"))
-    assert b"function calls" in result.stdout
-    result = run("the", models_dir=models_dir, python=["-i"], input=b"print(main.__name__)\n")
-    assert result.stdout == expected(models_dir, "the") + b"main\n"
+def test_from_a_server_to_the_text(small_model, tmp_path, monkeypatch, oracle):
+    words = ["the", str(N), "--models_dir"]
+    with Server({name: (small_model / name).read_bytes() for name in FILES}) as server:
+        monkeypatch.setenv("GPT2_BASE_URL", server.address)
+        monkeypatch.setenv("no_proxy", "*")
+        assert_error(run(*words, str(tmp_path / "other")), 1, "/124M/", "sha256")
+        server.heal()
+        monkeypatch.setenv("GPT2_ALLOW_UNVERIFIED", "1")
+        first = run(*words, str(tmp_path))
+        second = run(*words, str(tmp_path))
+        assert len(server.requests) == len(FILES)
+    assert (first.status, first.out) == (0, oracle("the"))
+    assert re.fullmatch(r"warning: GPT2_ALLOW_UNVERIFIED [^\n]+\n", first.err)
+    assert second == Result(0, oracle("the"), "")
 
 
 # Interactive use
 
 
-def at_terminal(arguments, talk):
-    """Run the command line on a pseudo-terminal, driven by talk(send, wait_for, process) -> (output, status)."""
+def test_interactive_from_a_pipe_prints_only_the_answers(small, oracle):
+    lines = "\ufeffthe\n\r\n\nand\r\nthé".encode()
+    answers = oracle("the") + oracle("and") + oracle("thé")
+    assert run("--interactive", *small, stdin=lines) == Result(0, answers, "")
+    assert run("in", "-i", *small, stdin=lines) == Result(0, oracle("in") + answers, "")
+    assert run("--interactive", "-", *small, stdin=b"the\nand\n").out == oracle("the\nand")
+    assert run("--interactive", *small, stdin=b"") == Result(0, "", "")
+
+
+def test_interactive_from_a_pipe_goes_on_after_an_error(small, oracle):
+    result = run("--interactive", *small, stdin=b"the\na\xffb\nand\n")
+    assert result == Result(1, oracle("the") + oracle("and"), "gpt2.py: the prompt is not UTF-8\n")
+
+
+def status_after_talk(words, talk):
+    """Run the command line on a pseudo-terminal, with talk(send, wait_for, process) -> status."""
     terminal, end = pty.openpty()
-    streams = {"stdin": end, "stdout": end, "stderr": end}
-    environment = {**os.environ, "TERM": "dumb"}  # no escape sequences
-    process = subprocess.Popen(
-        [sys.executable, GPT2_PY, *arguments], **streams, env=environment, start_new_session=True
-    )
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), end)
+    process = start(*words, env={"TERM": "dumb"}, **streams)  # no escape sequences
     os.close(end)
-    shown, position = b"", 0
+    shown = b""
 
     def wait_for(text):
-        """Read until the text appears after the last text that was waited for -> what comes before it."""
-        nonlocal shown, position
-        while text not in shown[position:]:
+        """Read until the text is shown -> what is shown before it."""
+        nonlocal shown
+        while text not in shown:
             ready, _, _ = select.select([terminal], [], [], 60)
             assert ready, f"{text} did not appear: {shown}"
             shown += os.read(terminal, 1000)
-        start, found = position, shown.index(text, position)
-        position = found + len(text)
-        return shown[start:found]
+        before, _, shown = shown.partition(text)
+        return before
 
-    talk(lambda data: os.write(terminal, data), wait_for, process)
-    shown += read_terminal(terminal)
-    return shown.decode(), process.wait(timeout=60)
-
-
-@pytest.fixture(scope="module")
-def fragile_model(tmp_path_factory):
-    """The models_dir of a small model that answers only while there are at most 20 tokens."""
-    model_dir, variables = (
-        write_model(tmp_path_factory.mktemp("models") / "small"),
-        random_variables(SMALL_HPARAMS),
-    )
-    variables["model/wpe"][20:] = float("nan")
-    save_variables(model_dir / "model.ckpt", variables)
-    load_encoder_hparams_and_params("small", str(model_dir.parent))
-    return model_dir.parent
+    try:
+        talk(lambda data: os.write(terminal, data), wait_for, process)
+        shown += read_terminal(terminal)
+        assert b"Traceback" not in shown
+        return process.wait(timeout=60)
+    finally:
+        process.kill()
 
 
-def test_interactive(fragile_model):
+def test_interactive_at_a_terminal(models_dir):
+    """The answers have 100,000 tokens, so each one is interrupted."""
+    beginning = ROMEO.partition(" and")[0].encode().replace(b"\n", b"\r\n")
+
     def talk(send, wait_for, process):
-        assert b"Ctrl-D" in wait_for(b"> ")
-        for prompt in ("the", "and"):
-            send(prompt.encode() + b"\n")
-            wait_for(
-                prompt.encode() + b"\r\n" + expected(fragile_model, prompt).replace(b"\n", b"\r\n")
-            )
-            assert wait_for(b"> ") == b""
+        def interrupt():
+            process.send_signal(signal.SIGINT)
+
+        assert b"Ctrl-D" in wait_for(beginning)  # the answer to the prompt in the arguments
+        interrupt()
+        wait_for(b"\r\n> ")
         send(b"\n")
         assert wait_for(b"> ") == b"\r\n"  # an empty line is no prompt
-        send(b"x" * 30 + b"\n")
-        wait_for(b"gpt2.py: the logits are not finite")
+        send(b"a\xffb\n")
+        wait_for(b"\r\ngpt2.py: the prompt is not UTF-8\r\n> ")
+        interrupt()
+        send(b"\n")  # readline needs a key if the signal came before it began to wait
         wait_for(b"> ")
-        time.sleep(0.5)  # readline shows its prompt shortly before it handles signals
-        process.send_signal(signal.SIGINT)
-        wait_for(b"> ")
+        send(b"ROMEO:\n")
+        wait_for(beginning)
+        interrupt()
+        wait_for(b"\r\n> ")
         send(b"\x04")
 
-    shown, status = at_terminal(["--interactive", *options_for(fragile_model)], talk)
-    assert status == 0
-    assert "Traceback" not in shown
-    assert shown.endswith("> \r\n")  # Ctrl-D ends the line
+    words = ["ROMEO:", "--interactive", *options_for(models_dir, "tiny", 100_000)]
+    assert status_after_talk(words, talk) == 0
 
 
-def test_interactive_from_a_pipe_prints_only_the_answers(models_dir):
-    result = run("--interactive", models_dir=models_dir, input=b"the\n\r\n\nand")
-    assert_output(result, expected(models_dir, "the") + expected(models_dir, "and"))
+# Processes
 
 
-def test_interactive_from_a_pipe_fails_if_a_prompt_failed(fragile_model):
-    result = run("--interactive", models_dir=fragile_model, input=b"x" * 30 + b"\nthe\n")
-    assert result.returncode == 1
-    assert result.stdout == expected(fragile_model, "the")
-    assert re.fullmatch(rb"gpt2\.py: the logits are not finite[^\n]*\n", result.stderr)
-
-
-@pytest.fixture(scope="module")
-def endless_model(tmp_path_factory):
-    """The options for a model whose answer takes long and has no token that ends it."""
-    hparams = {"n_vocab": 268, "n_ctx": 100_000, "n_embd": 4, "n_head": 1, "n_layer": 1}
-    model_dir = write_model(tmp_path_factory.mktemp("models") / "endless", hparams)
-    path = model_dir / "encoder.json"
-    path.write_text(path.read_text().replace(', "<|endoftext|>": 268', ""))
-    load_encoder_hparams_and_params("endless", str(model_dir.parent))
-    return options_for(model_dir.parent, "endless", 99990)
-
-
-def test_ctrl_c_stops_only_the_answer(endless_model):
-    def talk(send, wait_for, process):
-        wait_for(b"> ")
-        send(b"the\n")
-        wait_for(b"\n")
-        wait_for(b"e")
+@pytest.mark.parametrize("words", [["ROMEO:"], ["--interactive"]])
+def test_ctrl_c_exits_with_130_and_no_message(models_dir, words):
+    with start(*words, *options_for(models_dir, "tiny", 100_000)) as process:
+        process.stdin.write(b"ROMEO:\nJULIET:\n")
+        process.stdin.close()
+        assert process.stdout.read(10) == ROMEO[:10].encode()
         process.send_signal(signal.SIGINT)
-        wait_for(b"> ")
-        send(b"\x04")
+        assert process.wait(timeout=60) == 130
+        assert process.stderr.read() == b""
 
-    shown, status = at_terminal(
-        ["--interactive", "--seed=1", "--temperature=3", *endless_model], talk
+
+def test_the_c_locale(small, oracle):
+    """The arguments are UTF-8 all the same. Characters that cannot be shown become ?."""
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    prompt = next(chars for chars in ("é中", "ü", "ñ", "中") if not oracle(chars).isascii())
+    result = run_process(prompt, *small, env=environment)
+    assert result == Result(0, oracle(prompt).encode("ascii", "replace"), b"")
+
+
+def test_output_under_the_profiler_and_before_python_i(small, oracle):
+    text = oracle("the").encode()
+    result = run_process("the", *small, python=["-m", "cProfile"])
+    assert result.status == 0
+    assert result.out.startswith(text)
+    assert b"function calls" in result.out
+    result = run_process("the", *small, python=["-i"], stdin=b"print(main.__name__)\n")
+    assert result.out == text + b"main\n"
+
+
+def test_a_warm_run_loads_neither_tensorflow_nor_requests(small):
+    code = (
+        "import sys, gpt2; status = gpt2.command_line(sys.argv[1:]);"
+        "print(status, {'tensorflow', 'requests'} & set(sys.modules))"
     )
-    assert status == 0
-    assert "Traceback" not in shown
+    command = [sys.executable, "-c", code, "the", *small]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    assert result.stdout.endswith(b"\n0 set()\n")
 
 
-def test_ctrl_c_exits_with_130_and_no_message(endless_model):
-    command = [sys.executable, GPT2_PY, "the", "--seed=1", "--temperature=3", *endless_model]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.read(10)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, b"")
+@pytest.mark.parametrize("package", ["fire", "regex", "requests"])
+def test_a_missing_package(tmp_path, package):
+    error = f"raise ModuleNotFoundError(\"No module named '{package}'\", name='{package}')\n"
+    (tmp_path / f"{package}.py").write_text(error)
+    words = ["a", f"--models_dir={tmp_path}"]
+    result = run_process(*words, env={"PYTHONPATH": str(tmp_path)})
+    assert (result.status, result.out) == (1, b"")
+    assert re.fullmatch(rf"gpt2\.py: .*pip install .*{package}.*\n", result.err.decode())
 
 
-# Random arguments
+@pytest.mark.parametrize("redirection", ["<&-", ">&-", "2>&-", "2>/dev/full", "| head -c 1"])
+def test_closed_streams(small, oracle, redirection):
+    """Standard input that is closed counts as empty."""
+    words = [sys.executable, str(ROOT / "gpt2.py"), "-", *small]
+    script = f'set -o pipefail; "$@" {redirection}'
+    command = ["bash", "-c", script, "bash", *words]
+    result = subprocess.run(command, input=b"the", capture_output=True, timeout=120)
+    expected = oracle("" if redirection == "<&-" else "the").encode()
+    if redirection == ">&-":
+        expected = b""
+    if redirection == "| head -c 1":
+        expected = expected[:1]
+    assert (result.returncode, result.stdout, result.stderr) == (0, expected, b"")
 
 
-@settings(
-    max_examples=int(os.environ.get("NPGPT_COMMAND_LINES", 40)),
-    deadline=None,
-    suppress_health_check=[
-        HealthCheck.function_scoped_fixture
-    ],  # capfdbinary, which each example reads
+def test_output_that_cannot_be_written(small):
+    with open("/dev/full", "wb") as full:
+        result = run_process("the", *small, stdout=full)
+        usage = run_process(stderr=full)
+    assert result.status == 1
+    assert re.fullmatch(rb"gpt2\.py: [^\n]+\n", result.err)
+    assert (usage.status, usage.out) == (2, b"")
+
+
+# Random words
+
+
+TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8)
+WORDS = (
+    *("-", "--", "---", "--=", "-h", "-i", "-v", "-p", "-p=a", "-n", "-s", "--no", "2", "3"),
+    *("--prompt", "--interactive", "--special_tokens", "--seed", "--top_k=1", "--n_samples"),
+    *("--n-samples=1", "--temperature=1", "--stop", "--stop=", "--stop=a"),
+    *("--separator", "--trace", "--verbose", "--completion"),  # fire's own
 )
-@given(
-    st.lists(
-        st.one_of(
-            st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8),
-            st.sampled_from(
-                [
-                    "-",
-                    "--",
-                    "-h",
-                    "--prompt",
-                    "--interactive",
-                    "--seed",
-                    "--top_k=1",
-                    "--n_samples",
-                    "2",
-                ]
-            ),
-            st.sampled_from(
-                [
-                    "--separator",
-                    "--trace",
-                    "--verbose",
-                    "--completion",
-                    "-i",
-                    "-v",
-                    "--no",
-                    "--=",
-                    "---",
-                ]
-            ),
-            st.sampled_from(
-                [
-                    "-p",
-                    "-p=a",
-                    "-n",
-                    "-s",
-                    "--stop",
-                    "--stop=",
-                    "--n-samples=1",
-                    "3",
-                    "--temperature=1",
-                ]
-            ),
-        ),
-        max_size=5,
-    )
-)
-def test_any_arguments(models_dir, capfdbinary, arguments):
-    """In this process, which is faster. An exception here would be a traceback there."""
-    with open(os.devnull) as nothing, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stdin", nothing)
-        status = gpt2.command_line([*arguments, *options_for(models_dir, n=1)])
-    out, errors = capfdbinary.readouterr()
-    assert status in (0, 1, 2)
-    assert out == b"" or status == 0
-    *lines, rest = errors.split(b"\n")
-    warnings = [line for line in lines if line.startswith(b"gpt2.py: warning: ")]
-    assert rest == b""
-    assert len(warnings) <= 1
-    assert len(lines) - len(warnings) == (status != 0)
+
+
+def check_any_words(small, words):
+    """An exception here would be a traceback in a process."""
+    result = run(*words, *small[:2], "--n_tokens_to_generate=1")
+    assert result.status in (0, 1, 2)
+    assert result.out == "" or result.status == 0
+    lines = result.err.splitlines()
+    if len(lines) == USAGE_LINES and "GPT-2" in lines[0]:
+        assert result.status == 2
+        return
+    assert result.err.count("\n") == len(lines)
+    warnings = [line for line in lines if line.startswith("gpt2.py: warning: ")]
+    assert len(warnings) <= 2
+    assert len(lines) - len(warnings) == (result.status != 0)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(words=st.lists(TEXT | st.sampled_from(WORDS), max_size=5))
+def test_any_words(small, words):
+    check_any_words(small, words)
+
+
+@pytest.mark.slow
+@settings(max_examples=3000, deadline=None, derandomize=True)
+@given(words=st.lists(TEXT | st.sampled_from(WORDS), max_size=5))
+def test_many_words(small, words):
+    check_any_words(small, words)

@@ -1,10 +1,16 @@
-"""examples/score.py as a subprocess, with a small random model: figures, order, hostile lines, kills, Dask."""
+"""examples/score.py with a small random model: figures, kinds of input, continuing, Dask."""
 
+import bz2
+import codecs
 import contextlib
+import gzip
+import io
 import json
+import lzma
 import math
 import os
 import random
+import shutil
 import signal
 import socket
 import struct
@@ -14,53 +20,117 @@ import time
 
 import numpy as np
 import pytest
-from helpers import BYTE_TO_CHAR, ROOT, read_terminal, write_model
+from helpers import (
+    BYTE_TO_CHAR,
+    DATA_DIR,
+    ROOT,
+    SMALL_HPARAMS,
+    float64_gpt2,
+    map_arrays,
+    random_params,
+    random_variables,
+    read_terminal,
+    tiktoken_encoding,
+    write_vocabulary,
+)
+from make_score_reference import END, N_CTX, expected, random_pairs
 
-import gpt2
-from utils import load_encoder_hparams_and_params
+from examples import score
 
 WITHOUT_DISTRIBUTED = "needs Dask: pip install distributed"
-WORDS = [
-    "the",
-    "and",
-    "there",
-    "in",
-    "another",
-    "range",
-    "of",
-    "inner",
-    "thing",
-    "é",
-    "漢字",
-    "🙂",
-    "\0",
-]
-N_TEXTS = 4500  # three windows of the input
+WORDS = ["the", "and", "there", "in", "another", "range", "of", "inner", "é", "漢字", "🙂", "\0"]
+FIGURES = {"n_tokens", "nats", "perplexity", "bits_per_byte"}
+
+
+# Models, inputs, runs
+
+
+def write_folder(folder, seed=0, dtype="F32", vocabulary=True):
+    """Write the random model of helpers in Hugging Face's layout, which needs no TensorFlow."""
+    write_vocabulary(folder)
+    tokens = json.loads((folder / "encoder.json").read_text())
+    if not vocabulary:
+        tokens = {token: i for i, token in enumerate(sorted(BYTE_TO_CHAR.values()))}
+        (folder / "vocab.bpe").write_text("#version: 0.2\n")
+    (folder / "encoder.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(tokens))
+    (folder / "vocab.bpe").rename(folder / "merges.txt")
+    sizes = SMALL_HPARAMS | {"n_vocab": len(tokens)}
+    config = {"model_type": "gpt2", "vocab_size": len(tokens), "n_positions": sizes["n_ctx"]}
+    config |= {name: sizes[name] for name in ("n_embd", "n_head", "n_layer")}
+    (folder / "config.json").write_text(json.dumps(config))
+    header = {}
+    data = b""
+    for name, array in random_variables(sizes, seed).items():
+        name = name.replace("model/h", "h.").removeprefix("model/").replace("/", ".")
+        name = name + ".weight" if name in ("wte", "wpe") else name
+        name = name.removesuffix(".w").removesuffix(".g") + ".weight" * name.endswith((".w", ".g"))
+        name = name.removesuffix(".b") + ".bias" * name.endswith(".b")
+        array = array.astype({"F32": np.float32, "F16": np.float16}[dtype])
+        array = array[0] if array.ndim == 3 else array
+        offsets = [len(data), len(data) + array.nbytes]
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": offsets}
+        data += array.tobytes()
+    text = json.dumps(header).encode()
+    new_file = folder / "model.new"
+    new_file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    new_file.replace(folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """(models_dir, encoder, hparams, params) of a small model, loaded once so that TensorFlow is not needed again."""
-    models_dir = write_model(tmp_path_factory.mktemp("score") / "small").parent
-    return models_dir, *load_encoder_hparams_and_params("small", str(models_dir))
+def models_dir(tmp_path_factory):
+    """A folder with the model "small", its float16 "twin", and "other" with other weights."""
+    folder = tmp_path_factory.mktemp("models")
+    write_folder(folder / "small")
+    write_folder(folder / "twin", dtype="F16")
+    write_folder(folder / "other", seed=1)
+    return folder
 
 
-def command(model, *arguments):
-    options = ["--models_dir", str(model[0]), "--model_size", "small"]
-    return [sys.executable, "-m", "examples.score", *map(str, arguments), *options]
+@pytest.fixture(scope="module")
+def encode(tmp_path_factory):
+    """tiktoken's encoder for the small vocabulary"""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    write_vocabulary(folder / "small")
+    return tiktoken_encoding(folder, "small").encode_ordinary
 
 
-def run(model, *arguments, **kwargs):
-    return subprocess.run(
-        command(model, *arguments), cwd=ROOT, capture_output=True, timeout=100, **kwargs
-    )
+@pytest.fixture(scope="module")
+def predict():
+    """ids -> float64 log-probabilities, computed by other code than the library's"""
+    params = random_params(SMALL_HPARAMS)
+
+    def log_probs(ids):
+        logits = float64_gpt2(ids, params, SMALL_HPARAMS["n_head"])
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    return log_probs
 
 
-def score(model, path, *arguments, status=0):
-    """Run without --output -> the lines of standard output, as documents."""
-    result = run(model, path, *arguments)
-    assert result.returncode == status, result.stderr
-    return read_lines(result.stdout)
+@pytest.fixture
+def run(models_dir, capfd):
+    """run(arguments) -> (exit status, the lines of standard error), in this process"""
+
+    def run_main(*arguments, model="small", models_dir=models_dir):
+        arguments = [*map(str, arguments), "--models_dir", str(models_dir), "--model_size", model]
+        capfd.readouterr()
+        status = score.main(arguments)
+        return status, capfd.readouterr().err.splitlines()
+
+    return run_main
+
+
+@pytest.fixture
+def score_file(run, tmp_path):
+    """score_file(path, options) -> the documents of the output"""
+
+    def score_it(path, *options, status=0, **kwargs):
+        output = tmp_path / "scores.jsonl"
+        output.unlink(missing_ok=True)
+        assert run(path, "--output", output, *options, **kwargs)[0] == status
+        return read_lines(output.read_bytes())
+
+    return score_it
 
 
 def read_lines(output: bytes):
@@ -71,8 +141,8 @@ def read_lines(output: bytes):
     return [json.loads(line, parse_constant=reject) for line in output.splitlines()]
 
 
-def texts(n, seed=0, longest=30):
-    """Return n texts of different lengths; some outgrow the context of 32 tokens."""
+def random_texts(n, seed=0, longest=30):
+    """n texts of different lengths; some outgrow the context of 32 tokens."""
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=rng.randint(1, longest))) for _ in range(n)]
 
@@ -83,133 +153,217 @@ def write_json_lines(path, rows):
 
 
 def assert_one_line(result, status, *words):
-    lines = result.stderr.decode().splitlines()
-    assert (result.returncode, len(lines)) == (status, 1), result.stderr
-    assert lines[0].startswith("score.py: ")
-    assert all(word in lines[0] for word in words), lines
-
-
-@contextlib.contextmanager
-def running(arguments, **kwargs):
-    """Start a process. It is killed at the end if it still runs."""
-    with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, **kwargs) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def wait_for(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.01)
-
-
-def size(path):
-    return path.stat().st_size if path.exists() else 0
+    assert result[0] == status, result
+    assert len(result[1]) == 1, result
+    line = result[1][0]
+    assert line.startswith("score.py: ")
+    assert all(word in line for word in words), line
 
 
 # Figures
 
 
-def float64_nats(ids, params, n_head):
-    """-log(p) of the tokens after the first, computed in float64 by other code than the library's."""
-    p = {name: np.asarray(params[name], np.float64) for name in ("wte", "wpe")}
-
-    def norm(x, g, b):
-        centred = x - x.mean(-1, keepdims=True)
-        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * np.float64(
-            g
-        ) + np.float64(b)
-
-    def dense(x, w, b):
-        return x @ np.float64(w) + np.float64(b)
-
-    x = p["wte"][ids[:-1]] + p["wpe"][: len(ids) - 1]
-    for block in params["blocks"]:
-        heads = []
-        for part in np.split(
-            dense(norm(x, **block["ln_1"]), **block["attn"]["c_attn"]), 3, axis=-1
-        ):
-            heads.append(np.split(part, n_head, axis=-1))
-        mixed = []
-        for q, k, v in zip(*heads, strict=True):
-            weights = np.exp(q @ k.T / math.sqrt(q.shape[-1])) * np.tri(len(q))
-            mixed.append(weights / weights.sum(-1, keepdims=True) @ v)
-        x = x + dense(np.concatenate(mixed, -1), **block["attn"]["c_proj"])
-        h = dense(norm(x, **block["ln_2"]), **block["mlp"]["c_fc"])
-        h = 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
-        x = x + dense(h, **block["mlp"]["c_proj"])
-    logits = norm(x, **params["ln_f"]) @ p["wte"].T
-    return np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(ids) - 1), ids[1:]]
-
-
-def test_figures_equal_log_probs_and_a_computation_in_float64(model, tmp_path):
-    _, encoder, hparams, params = model
-    rows = [{"id": i, "text": text, "n_tokens": "theirs"} for i, text in enumerate(texts(300))]
+def test_figures_of_texts_equal_a_computation_in_float64(score_file, encode, predict, tmp_path):
+    rows = [{"id": i, "text": text, "nats": "?"} for i, text in enumerate(random_texts(80))]
     rows[7]["text"] = "the " * 500
-    lines = score(model, write_json_lines(tmp_path / "texts.jsonl", rows))
-    n_long = 0
-    for row, line in zip(rows, lines, strict=True):
-        assert list(line) == ["id", "n_tokens", "nats", "perplexity", "bits_per_byte"]
-        ids = [encoder.encoder["<|endoftext|>"], *encoder.encode(row["text"])]
+    path = write_json_lines(tmp_path / "texts.jsonl", rows)
+    lines = score_file(path, "--end", "--tokens")
+    backwards = score_file(write_json_lines(path, rows[::-1]))[::-1]
+    for row, line, other in zip(rows, lines, backwards, strict=True):
+        wanted = expected("", row["text"], encode, predict)
         n_tokens, nats = line["n_tokens"], line["nats"]
-        assert (line["id"], n_tokens) == (row["id"], len(ids) - 1)
-        assert (
-            abs(nats + gpt2.log_probs(ids, params, hparams["n_head"]).sum(dtype=np.float64))
-            <= 1e-4 * n_tokens
-        )
-        if len(ids) <= hparams["n_ctx"] + 1:
-            assert abs(nats - float64_nats(ids, params, hparams["n_head"]).sum()) <= 1e-4 * n_tokens
-        else:
-            n_long += 1
+        assert line["id"] == other["id"] == row["id"]
+        np.testing.assert_allclose(line["token_nats"], wanted["token_nats"], atol=1e-4)
+        assert line["end_nats"] == pytest.approx(wanted["end_nats"], abs=1e-4)
+        for found in (nats, other["nats"]):
+            assert found == pytest.approx(sum(wanted["token_nats"]), abs=1e-4 * n_tokens)
+        assert n_tokens == len(encode(row["text"])) == len(line["tokens"])
         assert line["perplexity"] == pytest.approx(math.exp(nats / n_tokens), rel=1e-6)
         n_bytes = len(row["text"].encode())
         assert line["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
-    assert 10 < n_long < 290
+        assert list(other) == ["id", "n_tokens", "nats", "perplexity", "bits_per_byte"]
+    assert 10 < sum(line["n_tokens"] > N_CTX for line in lines) < 70
 
 
-def test_figures_do_not_depend_on_the_order_of_the_texts(model, tmp_path):
-    rows = [{"id": i, "text": text} for i, text in enumerate(texts(200, seed=1))]
-    lines = score(model, write_json_lines(tmp_path / "a.jsonl", rows))
-    backwards = score(model, write_json_lines(tmp_path / "b.jsonl", rows[::-1]))[::-1]
-    for line, other in zip(lines, backwards, strict=True):
-        assert line["id"] == other["id"]
-        assert abs(line["nats"] - other["nats"]) <= 1e-4 * line["n_tokens"]
+def assert_scores(lines, wanted):
+    for line, row in zip(lines, wanted, strict=True):
+        np.testing.assert_allclose(line["token_nats"], row["token_nats"], atol=1e-4)
+        assert line["nats"] == pytest.approx(sum(row["token_nats"]), abs=1e-4 * N_CTX)
+        assert line["greedy"] == row["greedy"]
+        assert line["end_nats"] == pytest.approx(row["end_nats"], abs=1e-4)
 
 
-# Lines of all kinds
+def test_texts_after_contexts_are_scored_as_by_transformers(score_file, tmp_path):
+    rows = list(map(json.loads, (DATA_DIR / "score.json").read_text().splitlines()))
+    assert 20 < sum(row["greedy"] for row in rows) < len(rows) - 100
+    inputs = [{"context": row["context"], "text": row["text"]} for row in rows]
+    path = write_json_lines(tmp_path / "pairs", inputs)
+    options = ["--context_field", "context", "--tokens", "--end"]
+    assert_scores(score_file(path, *options), rows)
 
 
-@pytest.mark.parametrize("name", ["texts.txt", "texts", "-"])
-def test_plain_text(model, tmp_path, name):
+def test_texts_after_contexts_follow_the_rule(score_file, encode, predict, tmp_path):
+    pairs = random_pairs(200, seed=2)
+    rows = [{"text": text, "before": context} for context, text in pairs]
+    path = write_json_lines(tmp_path / "pairs.jsonl", rows)
+    lines = score_file(path, "--context_field", "before", "--tokens", "--end")
+    assert_scores(lines, [expected(*pair, encode, predict) for pair in pairs])
+    for (context, text), line in zip(pairs, lines, strict=True):
+        n_bytes = len((context[len(context.rstrip()) :] + text).encode())
+        if line["n_tokens"]:
+            bits = line["nats"] / math.log(2)
+            assert line["bits_per_byte"] == pytest.approx(bits / n_bytes, rel=1e-6)
+        else:
+            assert (line["perplexity"], line["bits_per_byte"]) == (None, None)
+
+
+@pytest.mark.parametrize("n_tokens", [N_CTX - 1, N_CTX, N_CTX + 1, N_CTX + 2])
+def test_the_end_of_a_text_that_just_fits(score_file, encode, predict, tmp_path, n_tokens):
+    path = tmp_path / "text.txt"
+    path.write_text(" the" * n_tokens)
+    (line,) = score_file(path, "--end")
+    wanted = expected("", " the" * n_tokens, encode, predict)
+    assert line["n_tokens"] == n_tokens
+    assert line["end_nats"] == pytest.approx(wanted["end_nats"], abs=1e-4)
+    assert score_file(path)[0]["nats"] == pytest.approx(line["nats"], abs=1e-4)
+
+
+def test_tokens_are_text_and_parts_of_characters_are_bytes(score_file, tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text('the "other"\\ \t and\n🙂', encoding="utf-8")
+    first, second = score_file(path, "--tokens")
+    assert "".join(first["tokens"]) == 'the "other"\\ \t and'
+    assert second["tokens"] == ["\\xf0", "\\x9f", "\\x99", "\\x82"]
+
+
+# Kinds of input
+
+
+TEXT = '{"text": "the"}\n{"text": "\u0a0a \u0a41\u0100 Ċ 🙂", "id": "é"}\r\n{"text": "and"}'
+MARKED = {
+    "utf-8": b"",
+    "utf-8-sig": b"",
+    "utf-16-le": codecs.BOM_UTF16_LE,
+    "utf-16-be": codecs.BOM_UTF16_BE,
+    "utf-32-le": codecs.BOM_UTF32_LE,
+    "utf-32-be": codecs.BOM_UTF32_BE,
+}
+
+
+@pytest.mark.parametrize("encoding", MARKED)
+@pytest.mark.parametrize("name", ["texts.jsonl", "texts.txt", "texts", "-"])
+def test_encodings(score_file, tmp_path, monkeypatch, encoding, name):
+    content = MARKED[encoding] + TEXT.encode(encoding)
+    (tmp_path / "texts.utf8.txt").write_text(TEXT, encoding="utf-8", newline="")
+    path = "-" if name == "-" else tmp_path / name
+    if name == "-":
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    else:
+        path.write_bytes(content)
+    lines = score_file(path)
+    if name == "texts.txt":
+        assert lines == score_file(tmp_path / "texts.utf8.txt")
+    else:
+        assert [line.get("id") for line in lines] == [None, "é", None]
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize("beginning", [b"", b"\xef\xbb\xbf", b"\n \r\n\n", b"\xef\xbb\xbf\n  "])
+def test_json_lines_are_recognized(score_file, tmp_path, beginning):
+    path = tmp_path / "texts.unknown"
+    path.write_bytes(beginning + b'{"text": "the", "id": 3}')
+    n_blank = beginning.count(b"\n")
+    *blank, line = score_file(path, status=int(n_blank > 0))
+    assert line["id"] == 3
+    assert ["invalid JSON" in each["error"] for each in blank] == [True] * n_blank
+
+
+NO_TEXT = {
+    "UTF-16": "the rain\nthe king\n".encode("utf-16-le"),
+    "UTF-16-BE": "the rain\nthe king\n".encode("utf-16-be"),
+    "Chinese UTF-16": "漢字 the\n漢字\n".encode("utf-16-le"),
+    "UTF-32": "the rain\n".encode("utf-32-le"),
+    "Latin-1": "é\nè\n".encode("latin-1"),
+    "gzip": gzip.compress(b"the rain\n" * 1000, mtime=0),
+    "a mix": b"\x00\x80the\nthe\n\x81\x00\n\x90\n",
+}
+
+
+@pytest.mark.parametrize("kind", NO_TEXT)
+def test_a_file_that_is_no_text(run, tmp_path, kind):
+    for name in ("texts.txt", "texts.jsonl"):
+        (tmp_path / name).write_bytes(NO_TEXT[kind])
+        assert_one_line(run(tmp_path / name), 1, name, "is not text", "byte order mark")
+
+
+def test_lines_in_another_encoding(score_file, tmp_path):
+    path = tmp_path / "texts.txt"
+    utf_16 = "the\nrain\n".encode("utf-16-le")
+    path.write_bytes(b"the\n\xe9\nthe\0\n" + utf_16 + b"\nand")
+    lines = score_file(path, status=1)
+    errors = [line.get("error", "")[:13] for line in lines]
+    assert errors == ["", "invalid UTF-8", "", *["invalid UTF-8"] * 3, ""]
+    path.write_bytes(codecs.BOM_UTF16_LE + utf_16 + b"\x00\xd8" + utf_16 + b"\x00")
+    lines = score_file(path, status=1)
+    errors = [line.get("error", "")[:14] for line in lines]
+    assert errors == ["", "", "invalid UTF-16", "", "invalid UTF-16"]
+
+
+COMPRESSORS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pytest.importorskip("zstandard").compress(content),
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_compressed_input(run, tmp_path, suffix):
+    rows = [{"id": i, "text": text} for i, text in enumerate(random_texts(2100, longest=3))]
+    plain = write_json_lines(tmp_path / "texts.jsonl", rows)
+    packed = tmp_path / f"texts.JSONL{suffix}"
+    half = len(plain.read_bytes()) // 2  # in two parts, which such files may have
+    compress = COMPRESSORS[suffix]
+    content = compress(plain.read_bytes()[:half]) + compress(plain.read_bytes()[half:])
+    packed.write_bytes(content)
+    outputs = [tmp_path / "plain.out", tmp_path / "packed.out"]
+    for path, output in zip((plain, packed), outputs, strict=True):
+        assert run(path, "--output", output) == (0, [])
+    assert len(read_lines(outputs[0].read_bytes())) == 2100
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    os.truncate(outputs[1], 70_000)
+    assert run(packed, "--output", outputs[1]) == (0, [])
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    for damaged in (content[:-7], content[: len(content) // 3], b"the rain"):
+        packed.write_bytes(damaged)
+        assert_one_line(run(packed), 1, packed.name, "damaged")
+
+
+def test_zst_without_zstandard(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "texts.zst").touch()
+    assert_one_line(run(tmp_path / "texts.zst"), 1, "pip install zstandard")
+
+
+@pytest.mark.parametrize("name", ["texts.txt", "texts"])
+def test_plain_text(score_file, encode, tmp_path, name):
     raw = b"\xef\xbb\xbfthe\r\n\n\xff\nNaN\nand\rthe\n\xe2\x80\xa8\n{the"
-    (tmp_path / "texts").write_bytes(raw)
-    (tmp_path / "texts.txt").write_bytes(raw)
-    result = run(model, *(["-"] if name == "-" else [tmp_path / name]), input=raw)
-    assert_one_line(result, 1, "1 of 7 texts could not be scored")
-    lines = read_lines(result.stdout)
+    (tmp_path / name).write_bytes(raw)
+    lines = score_file(tmp_path / name, status=1)
     assert lines[1] == {"n_tokens": 0, "nats": 0.0, "perplexity": None, "bits_per_byte": None}
     assert lines[2] == {"error": "invalid UTF-8: invalid start byte at byte 0"}
-    encode = model[1].encode
-    assert [line.get("n_tokens") for line in lines] == [
-        *(len(encode("the")), 0, None, len(encode("NaN"))),
-        *(len(encode("and\rthe")), len(encode("\u2028")), len(encode("{the"))),
-    ]
+    scored = [line["n_tokens"] for line in lines if "error" not in line]
+    texts = ["the", "", "NaN", "and\rthe", "\u2028", "{the"]
+    assert scored == [len(encode(text)) for text in texts]
 
 
 HOSTILE = [  # line, part of the error or None, fields that are kept
-    (b'{"text": "the", "id": 1}', None, {"id": 1}),
+    (b'{"text": "the", "id": 1, "tokens": 2}', None, {"id": 1, "tokens": 2}),
     (b'{"text": "\\ud800 the", "tag": "\\udfff"}', None, {"tag": "\udfff"}),
     (b'{"text": "a\\u0000b\\n"}', None, {}),
     (b'{"text": ""}', None, {}),
     (b'{"text": "the", "error": 1, "nats": [2], "perplexity": NaN}', None, {}),
-    (
-        b'{"text": "the", "big": 123456789012345678901234567890}',
-        None,
-        {"big": 123456789012345678901234567890},
-    ),
+    (b'{"text": "the", "big": 12345678901234567890}', None, {"big": 12345678901234567890}),
     (b'{"text": "the"}\r', None, {}),
     (b'  {"text": "<|endoftext|>"}  ', None, {}),
     (b"", "invalid JSON", {}),
@@ -232,36 +386,35 @@ HOSTILE = [  # line, part of the error or None, fields that are kept
 ]
 
 
-def test_hostile_lines(model, tmp_path):
+def test_hostile_lines(run, tmp_path):
     path, output = tmp_path / "texts.jsonl", tmp_path / "scores.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(line for line, _, _ in HOSTILE))
     n_errors = sum(error is not None for _, error, _ in HOSTILE)
-    result = run(model, path, "--output", output)
-    assert_one_line(result, 1, f"{n_errors} of {len(HOSTILE)} texts could not be scored")
-    for line, (_, error, kept) in zip(read_lines(output.read_bytes()), HOSTILE, strict=True):
-        if error is None:
-            assert set(line) - set(kept) == {"n_tokens", "nats", "perplexity", "bits_per_byte"}
-        else:
-            assert error in line["error"]
-            assert set(line) - set(kept) == {"error"}
-        assert kept.items() <= line.items()
+    message = f"{n_errors} of {len(HOSTILE)} texts could not be scored"
+    assert_one_line(run(path, "--output", output), 1, message)
     before = output.read_bytes()
-    assert_one_line(run(model, path, "--output", output), 1, f"{n_errors} of {len(HOSTILE)}")
+    for line, (_, error, kept) in zip(read_lines(before), HOSTILE, strict=True):
+        assert error is None or error in line["error"]
+        assert set(line) - set(kept) == (FIGURES if error is None else {"error"})
+        assert kept.items() <= line.items()
+    assert_one_line(run(path, "--output", output), 1, message)
     assert output.read_bytes() == before
 
 
-def test_another_field(model, tmp_path):
-    path = write_json_lines(
-        tmp_path / "texts.txt", [{"nats": "the and", "text": "kept"}, {"text": "the"}]
-    )
-    line, error = score(model, path, "--field", "nats", status=1)
-    assert (line["text"], line["n_tokens"]) == ("kept", len(model[1].encode("the and")))
+def test_fields(score_file, run, encode, tmp_path):
+    rows = [{"nats": "the and", "text": "kept"}, {"text": "the"}]
+    path = write_json_lines(tmp_path / "texts.txt", rows)
+    line, error = score_file(path, "--field", "nats", status=1)
+    assert (line["text"], line["n_tokens"]) == ("kept", len(encode("the and")))
     assert error == {"text": "the", "error": 'no field "nats"'}
+    line, error = score_file(path, "--context_field", "nats", status=1)
+    assert set(line) == FIGURES | {"greedy"}
+    assert error == {"error": 'no field "nats"'}
 
 
-def test_an_empty_input(model, tmp_path):
+def test_an_empty_input(score_file, tmp_path):
     (tmp_path / "texts.jsonl").touch()
-    assert score(model, tmp_path / "texts.jsonl") == []
+    assert score_file(tmp_path / "texts.jsonl") == []
 
 
 # Errors
@@ -274,64 +427,90 @@ def test_an_empty_input(model, tmp_path):
         (["x.txt", "--worker", "2"], 2, ["--worker"]),
         (["x.txt", "--workers", "0"], 2, ["--workers", "1 or more"]),
         (["x.txt", "--workers", "2", "--scheduler", "tcp://a:1"], 2, ["not allowed"]),
+        (["x.txt", "--context_field", "text"], 2, ["--context_field", "--field"]),
         (["no/such.txt"], 1, ["no/such.txt", "No such file"]),
         (["."], 1, ["directory"]),
         (["README.md", "--output", "no/such/folder.jsonl"], 1, ["no/such/folder.jsonl"]),
         (["README.md", "--output", "/dev/full"], 1, ["No space left"]),
-        (["README.md", "--scheduler", "nonsense"], 1, ["nonsense"]),
     ],
 )
-def test_errors(model, arguments, status, words):
+def test_errors(run, monkeypatch, arguments, status, words):
     if "/dev/full" in arguments and not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
-    assert_one_line(run(model, *arguments), status, *words)
+    monkeypatch.chdir(ROOT)
+    assert_one_line(run(*arguments), status, *words)
 
 
-def test_a_missing_model(tmp_path):
-    result = run([tmp_path], "README.md")
-    assert_one_line(result, 1, "small")
+def test_models_that_cannot_score(run, tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("the")
+    assert_one_line(run(path, models_dir=tmp_path), 1, "small")
+    write_folder(tmp_path / "bytes", vocabulary=False)
+    assert_one_line(run(path, models_dir=tmp_path, model="bytes"), 1, "<|endoftext|>")
+    write_folder(tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-4] + struct.pack("<f", math.nan))
+    assert_one_line(run(path, models_dir=tmp_path, model="damaged"), 1, "not finite")
 
 
-def test_a_vocabulary_without_endoftext(model, tmp_path):
-    hparams = model[2] | {"n_vocab": 256}
-    folder = write_model(tmp_path / "small", hparams, merges=[])
-    vocabulary = {
-        BYTE_TO_CHAR[byte]: i for i, byte in enumerate(sorted(BYTE_TO_CHAR, key=BYTE_TO_CHAR.get))
-    }
-    (folder / "encoder.json").write_text(json.dumps(vocabulary))
-    assert_one_line(run([tmp_path], "README.md"), 1, "<|endoftext|>")
+def test_without_distributed(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert_one_line(run("README.md", "--workers", "2"), 1, "pip install distributed")
 
 
-def test_damaged_parameters(model, tmp_path):
-    ln_f = {"model/ln_f/g": np.full(model[2]["n_embd"], np.nan, np.float32)}
-    write_model(tmp_path / "small", extra=ln_f)
-    assert_one_line(run([tmp_path], "README.md"), 1, "not finite")
+def start(models_dir, *arguments, model="small", **kwargs):
+    """Start score.py as a file, from another folder."""
+    options = ["--models_dir", models_dir, "--model_size", model]
+    words = [sys.executable, ROOT / "examples" / "score.py", *arguments, *options]
+    kwargs = {"stderr": subprocess.PIPE, "cwd": models_dir} | kwargs
+    return subprocess.Popen(list(map(str, words)), **kwargs)
 
 
-def test_without_distributed(model):
-    blocked = "import sys; sys.modules['distributed'] = None; from examples.score import main; sys.exit(main())"
-    arguments = command(model, "README.md", "--workers", "2")[3:]
-    result = subprocess.run(
-        [sys.executable, "-c", blocked, *arguments], cwd=ROOT, capture_output=True, timeout=100
-    )
-    assert_one_line(result, 1, "pip install distributed")
+@contextlib.contextmanager
+def killed_at_the_end(process):
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_closed_streams(models_dir):
+    for stream in (0, 1):
+        process = start(models_dir, "-", preexec_fn=lambda stream=stream: os.close(stream))
+        assert process.communicate(timeout=60)[1] == b""
+        assert process.returncode == 0
 
 
 # Continuing
 
 
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def size(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+N_TEXTS = 4500  # three windows of the input
+
+
 @pytest.fixture(scope="module")
-def corpus(model, tmp_path_factory):
-    """(path of an input of several windows, its undisturbed output)."""
+def corpus(models_dir, tmp_path_factory):
+    """(path of an input of several windows, its undisturbed output)"""
     folder = tmp_path_factory.mktemp("corpus")
-    rows = [{"id": i, "text": text} for i, text in enumerate(texts(N_TEXTS - 1, seed=2, longest=6))]
+    rows = [{"id": i, "text": text} for i, text in enumerate(random_texts(N_TEXTS - 1, 2, 6))]
     rows[1000]["text"] = rows[4000]["text"] = "the " * 1000
     path = write_json_lines(folder / "texts.jsonl", rows)
     with open(path, "ab") as file:
         file.write(b"no JSON\n")
-    assert_one_line(
-        run(model, path, "--output", folder / "scores.jsonl"), 1, f"1 of {N_TEXTS} texts"
-    )
+    process = start(models_dir, path, "--output", folder / "scores.jsonl")
+    assert b"1 of 4500 texts" in process.communicate(timeout=60)[1]
     return path, (folder / "scores.jsonl").read_bytes()
 
 
@@ -339,157 +518,413 @@ def test_order(corpus):
     assert [line.get("id") for line in read_lines(corpus[1])] == [*range(N_TEXTS - 1), None]
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_kills_at_random_points(model, corpus, tmp_path, seed):
-    path, expected = corpus
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))]
+)
+def test_kills_at_random_points(models_dir, run, corpus, tmp_path, seed):
+    path, whole = corpus
     output, rng = tmp_path / "scores.jsonl", random.Random(seed)
-    for _ in range(3):
-        before, target = size(output), rng.randint(1, len(expected) // 4)
-        with running(command(model, path, "--output", output)) as process:
-            while process.poll() is None and size(output) < before + target:
-                time.sleep(0.01)
-        assert expected.startswith(output.read_bytes())
-    assert_one_line(
-        run(model, path, "--output", output), 1, f"1 of {N_TEXTS} texts could not be scored"
-    )
-    assert output.read_bytes() == expected
+    for _ in range(2):
+        target = size(output) + rng.randint(1, len(whole) // 3)
+        with killed_at_the_end(start(models_dir, path, "--output", output)) as process:
+            wait_for(lambda target=target: process.poll() is not None or size(output) >= target)
+        assert whole.startswith(output.read_bytes())
+    assert_one_line(run(path, "--output", output), 1, "1 of 4500 texts")
+    assert output.read_bytes() == whole
 
 
-def test_every_kind_of_cut(model, corpus, tmp_path):
-    path, expected = corpus
-    lines = expected.splitlines(keepends=True)
+@pytest.fixture
+def written(corpus, run, tmp_path):
+    """(path of the input, path of its output with a record), to be changed"""
+    path = shutil.copy(corpus[0], tmp_path / "texts.jsonl")
+    run(path, "--output", tmp_path / "scores.jsonl")
+    return path, tmp_path / "scores.jsonl"
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+def test_every_kind_of_cut(run, corpus, written, has_record):
+    path, output = written
+    whole = corpus[1]
+    lines = whole.splitlines(keepends=True)
     window = len(b"".join(lines[:2048]))  # the end of the first window
-    output = tmp_path / "scores.jsonl"
-    for n_bytes in (0, 15, len(lines[0]), window - 1, window, window + 1, len(expected) - 1):
-        output.write_bytes(expected[:n_bytes])
-        assert run(model, path, "--output", output).returncode == 1
-        assert output.read_bytes() == expected, n_bytes
+    cuts = [15, len(lines[0]), window - 1, window, len(whole)]
+    rng = random.Random(3)
+    if not has_record:
+        cuts = rng.sample(cuts, 2)
+    for n_bytes in [*cuts, rng.randrange(len(whole))]:
+        output.write_bytes(whole[:n_bytes])
+        if not has_record:
+            os.remove(f"{output}.run")
+        assert run(path, "--output", output)[0] == 1
+        assert output.read_bytes() == whole, n_bytes
+        assert os.path.isfile(f"{output}.run")
 
 
-def test_an_output_that_belongs_to_something_else_is_not_touched(model, corpus, tmp_path):
-    path, expected = corpus
-    lines = expected.splitlines(keepends=True)
-    output = tmp_path / "scores.jsonl"
-    other_model = lines[0].replace(b'"nats": ', b'"nats": 1')
-    for content in (
-        *(b"notes", b"notes\n", lines[1], lines[0] + lines[2][:40], other_model),
-        *(expected + lines[0], expected + b"{", b"\xff\n"),
+def assert_refused(run, path, output, *options, **kwargs):
+    """The run stops with one line and changes nothing."""
+    before = output.read_bytes()
+    record = output.with_name(output.name + ".run")
+    record_before = record.read_bytes() if record.exists() else None
+    assert_one_line(run(path, "--output", output, *options, **kwargs), 1, "another --output")
+    assert output.read_bytes() == before
+    assert (record.read_bytes() if record.exists() else None) == record_before
+
+
+CUTS = ["no", "line", "torn"]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_another_model_or_option_is_refused(run, corpus, written, cut):
+    path, output = written
+    os.truncate(output, {"no": len(corpus[1]), "line": 97, "torn": 50_000}[cut])
+    for model in ("twin", "other"):
+        assert_refused(run, path, output, model=model)
+    for option in (["--tokens"], ["--end"], ["--field", "id"], ["--context_field", "id"]):
+        assert_refused(run, path, output, *option)
+    os.remove(f"{output}.run")  # then all lines are scored again
+    assert_refused(run, path, output, model="twin")
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_another_input_is_refused(run, corpus, written, tmp_path, cut):
+    path, output = written
+    lines = path.read_bytes().splitlines(keepends=True)
+    n_written = {"no": N_TEXTS, "line": 3000, "torn": 3000}[cut]
+    whole = b"".join(corpus[1].splitlines(keepends=True)[:n_written])
+    output.write_bytes(whole + b'{"id": 3000, "n_t' * (cut == "torn"))
+    changed = tmp_path / "changed.jsonl"
+    others = [
+        [lines[0].replace(b'"text": "', b'"text": "z'), *lines[1:]],
+        [lines[1], lines[0], *lines[2:]],  # reordered
+        [*lines[:2000], lines[2000].replace(b"the", b"eht"), *lines[2001:2500], *lines[2500:]],
+        [*lines[:100], b"\n", *lines[100:]],
+        lines[1:],
+        lines[:2999],
+    ]
+    others[2] = [
+        line.replace(b'": "', b'": " ') if i == 2999 else line for i, line in enumerate(lines)
+    ]
+    for other in others:
+        changed.write_bytes(b"".join(other))
+        assert_refused(run, changed, output)
+    os.remove(f"{output}.run")
+    changed.write_bytes(b"".join(others[2]))
+    assert_refused(run, changed, output)
+
+
+def test_later_lines_of_the_input_may_change(run, written, tmp_path):
+    path, output = written
+    lines = path.read_bytes().splitlines(keepends=True)
+    first = b"".join(output.read_bytes().splitlines(keepends=True)[:2100])
+    output.write_bytes(first)
+    path.write_bytes(b"".join([*lines[:2100], b'{"text": "new"}\n', *lines[2200:]]))
+    assert run(path, "--output", output)[0] == 1
+    assert output.read_bytes().startswith(first)
+    fresh = tmp_path / "fresh.jsonl"
+    assert run(path, "--output", fresh)[0] == 1
+    for line, other in zip(
+        *map(read_lines, (output.read_bytes(), fresh.read_bytes())), strict=True
     ):
+        assert line.get("id") == other.get("id")
+        assert line.get("nats") == pytest.approx(other.get("nats"), abs=1e-3)
+
+
+def test_an_output_that_belongs_to_something_else_is_not_touched(run, corpus, written):
+    path, output = written
+    whole = corpus[1]
+    lines = whole.splitlines(keepends=True)
+    other = lines[0].replace(b'"nats": ', b'"nats": 1')
+    contents = [b"notes", b"notes\n", lines[1], lines[0] + lines[2][:40], other]
+    contents += [whole + lines[0], whole + b"{", b"\xff\n", lines[0] + b"\n"]
+    for content in contents:
         output.write_bytes(content)
-        result = run(model, path, "--output", output)
-        assert_one_line(result, 1, "output")
-        assert output.read_bytes() == content
+        assert_refused(run, path, output)
+    os.remove(f"{output}.run")
+    for content in (b"notes\n", lines[0] + lines[2][:40], other):
+        output.write_bytes(content)
+        assert_refused(run, path, output)
+    assert_refused(run, path, path)  # the input is not overwritten
 
 
-def test_the_input_is_not_overwritten(model, corpus):
-    before = corpus[0].read_bytes()
-    assert_one_line(run(model, corpus[0], "--output", corpus[0]), 1, "output")
-    assert corpus[0].read_bytes() == before
+def test_a_damaged_record(run, written):
+    path, output = written
+    record = output.with_name(output.name + ".run")
+    whole = record.read_bytes()
+    header = whole.index(b"\n") + 1
+    for damaged in (
+        b"",
+        b"[]\n",
+        whole[1:],
+        whole[: header + 99],
+        whole[:header] + whole[header:][::-1],
+    ):
+        record.write_bytes(damaged)
+        assert_refused(run, path, output)
+    record.write_bytes(whole)
+    assert run(path, "--output", output)[0] == 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_ctrl_c(model, corpus, tmp_path, workers):
+@pytest.mark.parametrize("workers", [[], ["--workers", "2"]])
+def test_ctrl_c(models_dir, run, corpus, tmp_path, workers):
     if workers:
         pytest.importorskip("distributed", reason=WITHOUT_DISTRIBUTED)
-    path, expected = corpus
+    path, whole = corpus
     output = tmp_path / "scores.jsonl"
-    arguments = command(
-        model, path, "--output", output, *(["--workers", workers] if workers else [])
+    process = start(
+        models_dir, "-", "--output", output, *workers, start_new_session=True, stdin=subprocess.PIPE
     )
-    with running(arguments, start_new_session=True) as process:
+    with killed_at_the_end(process):
+        process.stdin.write(b"".join(path.read_bytes().splitlines(keepends=True)[:4400]))
+        process.stdin.flush()
         wait_for(lambda: size(output))
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers, too
-        _, stderr = process.communicate(timeout=30)
-    assert (process.returncode, stderr) == (
-        130,
-        b"score.py: interrupted; the same command continues\n",
-    )
-    assert run(model, path, "--output", output).returncode == 1
-    assert output.read_bytes() == expected
+        _, stderr = process.communicate(timeout=60)
+    message = b"score.py: interrupted; the same command continues\n"
+    assert (process.returncode, stderr) == (130, message)
+    assert run(path, "--output", output)[0] == 1
+    assert output.read_bytes() == whole
+
+
+# The identity of the model
+
+
+def test_a_batch_is_scored_with_its_model_or_not_at_all(tmp_path):
+    """A worker has a model in memory, and the files of the folder change."""
+    folder = tmp_path / "small"
+    write_folder(folder)
+    load = score.load("small", str(tmp_path))
+    batch = score.Batch("small", str(tmp_path), load.identity, [[END, 1, 2]], [2])
+    first = score.score(batch)
+    write_folder(folder, seed=1)
+    with pytest.raises(ValueError, match="another model"):
+        score.score(batch)
+    other = batch._replace(identity=score.load("small", str(tmp_path)).identity)
+    assert np.abs(score.score(other).nats - first.nats).max() > 1e-3
+    content = (folder / "model.safetensors").read_bytes()
+    write_folder(folder)  # in a worker that holds the other one
+    np.testing.assert_array_equal(score.score(batch).nats, first.nats)
+    (folder / "model.safetensors").write_bytes(content)  # in place: the mapped weights change
+    with pytest.raises(ValueError, match="another model"):
+        score.score(batch)
+    score.score(other)
+
+
+def test_the_identity_depends_on_all_that_matters(tmp_path, models_dir):
+    def identity(change=None, model="small"):
+        folder = tmp_path / "model"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(models_dir / model, folder)
+        if change:
+            change(folder)
+        score.read_model.cache_clear()
+        return score.load("model", str(tmp_path)).identity
+
+    def swap_merges(folder):
+        lines = (folder / "merges.txt").read_text().splitlines(keepends=True)
+        (folder / "merges.txt").write_text("".join([*lines[:1], lines[2], lines[1], *lines[3:]]))
+
+    def swap_ids(folder):
+        tokens = json.loads((folder / "vocab.json").read_text())
+        tokens["a"], tokens["b"] = tokens["b"], tokens["a"]
+        (folder / "vocab.json").write_text(json.dumps(tokens))
+
+    def change_epsilon(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-6}))
+
+    def change_activation(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"activation_function": "gelu"}))
+
+    def flip_a_bit(folder):
+        weights = bytearray((folder / "model.safetensors").read_bytes())
+        weights[-4] ^= 1
+        (folder / "model.safetensors").write_bytes(weights)
+
+    changes = [swap_merges, swap_ids, flip_a_bit]
+    with contextlib.suppress(ValueError):  # where the library does not refuse them
+        identity(change_epsilon)
+        changes += [change_epsilon, change_activation]
+    assert identity() == identity()
+    identities = {identity(), identity(model="twin"), identity(model="other")}
+    identities |= {identity(change) for change in changes}
+    assert len(identities) == 3 + len(changes)
+    params = score.load("model", str(tmp_path)).params
+    copied = map_arrays(np.array, {"a": params["wte"]})
+    assert copied["a"].flags.owndata
 
 
 # Dask
 
 
-def test_a_local_cluster_whose_workers_are_killed(model, corpus, tmp_path):
-    pytest.importorskip("distributed", reason=WITHOUT_DISTRIBUTED)
-    psutil = pytest.importorskip("psutil", reason="comes with distributed")
-    path, expected = corpus
-    output = tmp_path / "scores.jsonl"
-    arguments = command(model, path, "--output", output, "--workers", 2)
-    with running(arguments) as process:
-
-        def kill_a_worker():
-            for child in psutil.Process(process.pid).children():
-                with contextlib.suppress(psutil.Error):  # it is already dead
-                    if "spawn_main" in " ".join(child.cmdline()):
-                        child.kill()
-                        return True
-            return False
-
-        for part in (0, 3):
-            wait_for(lambda part=part: size(output) > len(expected) * part // 8)
-            wait_for(kill_a_worker)
-        _, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stderr) == (1, b"score.py: 1 of 4500 texts could not be scored\n")
-    assert output.read_bytes() == expected
+@contextlib.contextmanager
+def dask_process(program, *arguments, cwd):
+    """Run a part of Dask that belongs to the test."""
+    words = [sys.executable, "-m", f"distributed.cli.dask_{program}", *arguments, "--no-dashboard"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with killed_at_the_end(subprocess.Popen(words, cwd=cwd, **quiet)) as process:
+        yield process
 
 
-def test_a_scheduler_that_goes_away(model, corpus, tmp_path):
-    """The scheduler and the worker run in another folder. The output is completed without them."""
-    pytest.importorskip("distributed", reason=WITHOUT_DISTRIBUTED)
-    path, expected = corpus
-    output = tmp_path / "scores.jsonl"
+def free_address():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    start = [
-        sys.executable,
-        "-m",
-        "distributed.cli.dask_scheduler",
-        "--host",
-        address,
-        "--no-dashboard",
-    ]
-    join = [
-        sys.executable,
-        "-m",
-        "distributed.cli.dask_worker",
-        address,
-        "--no-nanny",
-        "--no-dashboard",
-    ]
-    quiet = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(start, **quiet) as scheduler, subprocess.Popen(join, **quiet) as worker:
-        try:
-            arguments = command(model, path, "--output", output, "--scheduler", address)
-            with running(arguments) as process:
-                wait_for(lambda: size(output))
-                scheduler.kill()
-                _, stderr = process.communicate(timeout=60)
-        finally:
-            scheduler.kill()
-            worker.kill()
-    *waiting, lost = stderr.decode().splitlines()
-    assert (process.returncode, lost) == (1, "score.py: no connection to the Dask scheduler")
-    assert waiting in ([], ["score.py: the scheduler has no workers yet; waiting for them"])
-    assert run(model, path, "--output", output).returncode == 1
-    assert output.read_bytes() == expected
+        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/cwd"), reason="each worker has its folder there")
+def test_workers_come_and_go(models_dir, run, corpus, tmp_path):
+    """One worker is killed, one joins late, one holds another model, the scheduler is restarted.
+
+    The test writes the input piece by piece, so that all this happens in the middle.
+    """
+    pytest.importorskip("distributed", reason=WITHOUT_DISTRIBUTED)
+    path, whole = corpus
+    lines = path.read_bytes().splitlines(keepends=True)
+    output = tmp_path / "scores.jsonl"
+    (tmp_path / "wrong").mkdir()
+    shutil.copytree(models_dir / "twin", tmp_path / "wrong" / "small")
+    address = free_address()
+    scheduler_options = ["--host", address]
+    worker_options = [address, "--no-nanny", "--nthreads", "1"]
+    options = ["--output", output, "--scheduler", address]
+    with contextlib.ExitStack() as processes:
+
+        def begin(program, *arguments, cwd=models_dir):
+            return processes.enter_context(dask_process(program, *arguments, cwd=cwd))
+
+        def score_stdin():
+            process = start("/proc/self/cwd", "-", *options, cwd=models_dir, stdin=subprocess.PIPE)
+            return processes.enter_context(killed_at_the_end(process))
+
+        scheduler = begin("scheduler", *scheduler_options)
+        first = begin("worker", *worker_options)
+        process = score_stdin()
+        process.stdin.write(b"".join(lines[:2500]))
+        process.stdin.flush()
+        wait_for(lambda: size(output))
+        begin("worker", *worker_options)
+        first.kill()
+        process.stdin.write(b"".join(lines[2500:4200]))
+        process.stdin.flush()
+        n_bytes = len(b"".join(whole.splitlines(keepends=True)[:2048]))
+        wait_for(lambda: size(output) >= n_bytes)
+        scheduler.kill()
+        process.stdin.write(b"".join(lines[4200:]))
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert stderr.decode().splitlines()[-1] == "score.py: no connection to the Dask scheduler"
+
+        scheduler = begin("scheduler", *scheduler_options)
+        wrong = begin("worker", *worker_options, "--name", "wrong", cwd=tmp_path / "wrong")
+        process = score_stdin()
+        _, stderr = process.communicate(path.read_bytes(), timeout=60)
+        assert process.returncode == 1
+        last = stderr.decode().splitlines()[-1]
+        assert "worker tcp://127.0.0.1:" in last
+        assert "another model" in last
+        wrong.kill()
+        assert whole.startswith(output.read_bytes())
+        assert size(output) < len(whole)
+
+        begin("worker", *worker_options)
+        process = score_stdin()
+        _, stderr = process.communicate(path.read_bytes(), timeout=60)
+    assert stderr.decode().splitlines()[-1] == "score.py: 1 of 4500 texts could not be scored"
+    assert output.read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_a_worker_with_more_blas_threads_gives_the_same_bytes(models_dir, corpus, tmp_path):
+    """The workers run in another folder. One has two threads of its own."""
+    pytest.importorskip("distributed", reason=WITHOUT_DISTRIBUTED)
+    path, whole = corpus
+    output = tmp_path / "scores.jsonl"
+    address = free_address()
+    with (
+        dask_process("scheduler", "--host", address, cwd=tmp_path),
+        dask_process("worker", address, "--no-nanny", "--nthreads", "2", cwd=tmp_path),
+        killed_at_the_end(
+            start(models_dir, path, "--output", output, "--scheduler", address)
+        ) as process,
+    ):
+        _, stderr = process.communicate(timeout=60)
+    assert stderr.decode().splitlines()[-1] == "score.py: 1 of 4500 texts could not be scored"
+    assert output.read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_a_local_cluster_whose_workers_are_killed(models_dir, corpus, tmp_path):
+    pytest.importorskip("distributed", reason=WITHOUT_DISTRIBUTED)
+    psutil = pytest.importorskip("psutil", reason="comes with distributed")
+    path, whole = corpus
+    lines = path.read_bytes().splitlines(keepends=True)
+    output = tmp_path / "scores.jsonl"
+    options = ["-", "--output", output, "--workers", "2"]
+
+    def kill_a_worker(process):
+        for child in psutil.Process(process.pid).children():
+            with contextlib.suppress(psutil.Error):  # it is already dead
+                if "spawn_main" in " ".join(child.cmdline()):
+                    child.kill()
+                    return True
+        return False
+
+    with killed_at_the_end(start(models_dir, *options, stdin=subprocess.PIPE)) as process:
+        for part in (lines[:2500], lines[2500:4300]):
+            before = size(output)
+            process.stdin.write(b"".join(part))
+            process.stdin.flush()
+            wait_for(lambda before=before: size(output) > before)
+            wait_for(lambda: kill_a_worker(process))
+        _, stderr = process.communicate(b"".join(lines[4300:]), timeout=100)
+    assert (process.returncode, stderr) == (1, b"score.py: 1 of 4500 texts could not be scored\n")
+    assert output.read_bytes() == whole
+
+
+def test_a_scheduler_that_is_not_there(run):
+    pytest.importorskip("distributed", reason=WITHOUT_DISTRIBUTED)
+    assert_one_line(run(ROOT / "README.md", "--scheduler", "nonsense"), 1, "nonsense")
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(models_dir, tmp_path):
+    """The client needs as much for 200,000 lines as for 20,000."""
+    psutil = pytest.importorskip("psutil", reason="comes with distributed")
+    peaks = []
+    for n_lines in (20_000, 200_000):
+        path = tmp_path / f"{n_lines}.txt"
+        path.write_text("the other\n" * n_lines)
+        peak = 0
+        output = tmp_path / f"{n_lines}.jsonl"
+        with killed_at_the_end(start(models_dir, path, "--output", output)) as process:
+            measured = psutil.Process(process.pid)
+            while process.poll() is None:
+                with contextlib.suppress(psutil.Error):
+                    peak = max(peak, measured.memory_info().rss)
+                time.sleep(0.05)
+        assert process.returncode == 0
+        assert len(output.read_bytes().splitlines()) == n_lines
+        peaks.append(peak)
+    assert peaks[1] < peaks[0] + 20_000_000
 
 
 # The terminal
 
 
-def test_the_progress_bar(model, corpus, tmp_path):
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_the_progress_bar(models_dir, corpus, tmp_path, suffix):
     pty = pytest.importorskip("pty", reason="needs a terminal")
-    ours, theirs = pty.openpty()
     termios = pytest.importorskip("termios", reason="needs a terminal")
-    pytest.importorskip("fcntl").ioctl(
-        theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0)
-    )
-    arguments = command(model, corpus[0], "--output", tmp_path / "scores.jsonl")
-    with subprocess.Popen(arguments, cwd=ROOT, stderr=theirs) as process:
+    ours, theirs = pty.openpty()
+    window_size = struct.pack("HHHH", 24, 100, 0, 0)
+    pytest.importorskip("fcntl").ioctl(theirs, termios.TIOCSWINSZ, window_size)
+    path = tmp_path / f"texts.jsonl{suffix}"
+    content = corpus[0].read_bytes()
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    output = tmp_path / "scores.jsonl"
+    with start(models_dir, path, "--output", output, stderr=theirs) as process:
         os.close(theirs)
         shown = read_terminal(ours)
     assert process.returncode == 1
