@@ -1252,7 +1252,8 @@ def load_model(model_size: str, models_dir: str, is_positional: bool) -> tuple:
         exists = model_size in MODEL_SIZES or os.path.exists(os.path.join(models_dir, model_size))
         if exists or not is_positional:
             raise
-        raise ValueError(f"{QUOTES}; {model_size!r} is taken for model_size, but {error}") from None
+        hint = f"if it belongs to the prompt, {QUOTES}"
+        raise ValueError(f"{model_size!r} is taken for model_size ({hint}): {error}") from None
 
 
 def show(pieces: Iterable[str]) -> None:

@@ -1,22 +1,25 @@
-"""Measure npGPT beside the programs that people would use instead, on the same checkpoint and in one run.
+"""Measure npGPT beside the programs that people would use instead, on one checkpoint, in one run.
 
-    python tests/benchmark.py                            with a random 124M, which is made for the purpose
+    python tests/benchmark.py                            with a random 124M, made for the purpose
     python tests/benchmark.py --model_dir models/124M    with this model
-    python tests/benchmark.py --sizes 355M,774M,1558M    with random models of these sizes, too (up to 15 GB of disk)
-    python tests/benchmark.py --quick                    with a tiny model and one round, to see that it works
+    python tests/benchmark.py --sizes 355M,774M,1558M    with random models of these sizes, too
+                                                         (up to 15 GB of disk)
+    python tests/benchmark.py --quick                    with a tiny model and one round, as a test
 
-Other programs take part if they are installed: pip install torch transformers; pip install llama-cpp-python gguf; pip
-install tiktoken. picoGPT takes part if --picogpt names a checkout of it, which you get with
+Other programs take part if they are installed: pip install torch transformers; pip install
+llama-cpp-python gguf; pip install tiktoken. picoGPT takes part if --picogpt names a checkout of it,
+which you get with
 
     git clone https://github.com/jaymody/picoGPT
 
-Each program runs in a process of its own. They take turns, with pauses in which the threads of the last one go to
-sleep. All use float32 weights and --threads threads. Each figure is the median of the rounds, with the minimum and the
-maximum.
+Each program runs in a process of its own. They take turns, with pauses in which the threads of the
+last one go to sleep. All use float32 weights and --threads threads. Each figure is the median of
+the rounds, with the minimum and the maximum.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -28,7 +31,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from helpers import (
@@ -66,38 +71,64 @@ COLORS = {
     "picoGPT": "#b5523b",
 }
 N_TOKENS = 40  # of a whole command
+PAUSE = 0.2  # seconds. OpenBLAS's threads spin for about 0.03 s after each product
+N_NEIGHBOURS = (0, 2, 6)
+N_PARAGRAPHS = 100  # of Shakespeare, as a corpus
 SHORT_TEXTS = "scoring texts of 20 to 300 tokens"
+COMMAND = "npGPT's command"  # what gpt2.py sets for itself when it is run:
+COMMAND_VARIABLES = {"OPENBLAS_THREAD_TIMEOUT": "8"}
 
 
 def is_installed(program):
     return all(importlib.util.find_spec(module) for module in MODULES[program])
 
 
-def timed(function):
+def timed(function, *arguments):
     start = time.perf_counter()
-    function()
+    function(*arguments)
     return time.perf_counter() - start
 
 
-# The programs. prompt(ids) processes a prompt and chooses the next token, step() does so for one more token, and
-# score(ids) computes how likely a text is.
+# The programs
 
 
-class NpGPT:
+class Engine:
+    """One program. prompt(ids) processes a prompt and chooses a token, step() does one more token.
+
+    score(ids) computes how likely a text is. All times are in seconds.
+    """
+
+    def time_prompt(self, ids):
+        return timed(self.prompt, ids)
+
+    def time_step(self, ids, n):
+        """The median of n steps after these ids."""
+        self.prompt(ids)
+        return statistics.median(timed(self.step) for _ in range(n))
+
+    def time_scores(self, texts):
+        return sum(timed(self.score, ids) for ids in texts)
+
+    def memory(self):
+        """The most memory that this process has used, in MB, with the mapped files that it read."""
+        import resource
+
+        return megabytes(resource.getrusage(resource.RUSAGE_SELF))
+
+
+class NpGPT(Engine):
     def __init__(self, model_dir, threads, picogpt):
         import gpt2
         from utils import load_encoder_hparams_and_params
 
         self.gpt2 = gpt2
-        _, self.hparams, self.params = load_encoder_hparams_and_params(
-            model_dir.name, str(model_dir.parent)
-        )
+        model = load_encoder_hparams_and_params(model_dir.name, str(model_dir.parent))
+        self.encoder, self.hparams, self.params = model
         self.n_head = self.hparams["n_head"]
 
     def prompt(self, ids):
-        self.ids = self.gpt2.stream(
-            ids, self.params, self.n_head, self.hparams["n_ctx"] - len(ids) + 1
-        )
+        n = self.hparams["n_ctx"] - len(ids) + 1
+        self.ids = self.gpt2.stream(ids, self.params, self.n_head, n)
         next(self.ids)
 
     def step(self):
@@ -106,42 +137,42 @@ class NpGPT:
     def score(self, ids):
         self.gpt2.log_probs(ids, self.params, self.n_head)
 
-    def samples(self, n_samples, n):
-        """Seconds per token while n_samples samples are generated at once."""
-        rows = self.gpt2.stream(
-            list(range(10)), self.params, self.n_head, n + 1, n_samples=n_samples
-        )
+    def time_samples(self, n_samples, n):
+        """The time of a token while n_samples samples are generated at once."""
+        ids = list(range(10))
+        rows = self.gpt2.stream(ids, self.params, self.n_head, n + 1, n_samples=n_samples)
         next(rows)
-        return [timed(lambda: next(rows)) / n_samples for _ in range(n)]
+        return statistics.median(timed(next, rows) for _ in range(n)) / n_samples
 
-    def products(self):
-        """A function that computes only the matrix-vector products of one token. It reads every weight once."""
-        vectors = {
-            n: np.ones((1, n), np.float32)
-            for n in (self.hparams["n_embd"], 4 * self.hparams["n_embd"])
-        }
+    def time_products(self, n):
+        """The time of the matrix-vector products of one token, which read every weight once."""
         matrices = [self.params["wte"].T]
         for block in self.params["blocks"]:
-            matrices += [block[part][name]["w"] for part in ("attn", "mlp") for name in block[part]]
+            for part in (block["attn"], block["mlp"]):
+                matrices += [projection["w"] for projection in part.values()]
+        vectors = [np.ones((1, len(matrix)), np.float32) for matrix in matrices]
 
         def multiply():
-            for matrix in matrices:
-                vectors[len(matrix)] @ matrix
+            for vector, matrix in zip(vectors, matrices, strict=True):
+                vector @ matrix
 
-        return multiply
+        return statistics.median(timed(multiply) for _ in range(n))
+
+    def encode(self, texts):
+        return [self.encoder.encode(text) for text in texts]
 
 
-class PicoGPT:
-    """The functions of picoGPT's gpt2.py. npGPT loads the parameters, which have the same layout."""
+class PicoGPT(Engine):
+    """picoGPT's gpt2.py. npGPT loads the parameters, which have the same layout."""
 
     def __init__(self, model_dir, threads, picogpt):
         from utils import load_encoder_hparams_and_params
 
-        _, hparams, self.params = load_encoder_hparams_and_params(
-            model_dir.name, str(model_dir.parent)
-        )
+        model = load_encoder_hparams_and_params(model_dir.name, str(model_dir.parent))
+        _, hparams, self.params = model
         self.n_head = hparams["n_head"]
-        specification = importlib.util.spec_from_file_location("picogpt", Path(picogpt) / "gpt2.py")
+        path = Path(picogpt) / "gpt2.py"
+        specification = importlib.util.spec_from_file_location("picogpt", path)
         self.picogpt = importlib.util.module_from_spec(specification)
         specification.loader.exec_module(self.picogpt)
 
@@ -154,7 +185,7 @@ class PicoGPT:
         self.ids.append(int(np.argmax(logits[-1])))
 
 
-class Transformers:
+class Transformers(Engine):
     def __init__(self, model_dir, threads, picogpt):
         import torch
         from transformers import GPT2LMHeadModel
@@ -170,10 +201,8 @@ class Transformers:
 
     def advance(self, ids):
         output = self.model(ids, past_key_values=self.past, use_cache=True, logits_to_keep=1)
-        self.past, self.next_id = (
-            output.past_key_values,
-            output.logits[:, -1].argmax(-1, keepdim=True),
-        )
+        self.past = output.past_key_values
+        self.next_id = output.logits[:, -1].argmax(-1, keepdim=True)
 
     def step(self):
         self.advance(self.next_id)
@@ -182,16 +211,28 @@ class Transformers:
         ids = self.torch.tensor([ids])
         self.model(ids, labels=ids, use_cache=False).loss.item()
 
+    def time_corpus(self, texts, n_at_once):
+        """The time of scoring the texts in batches of texts of similar length."""
+        texts = sorted(texts, key=len)
+        starts = range(0, len(texts), n_at_once)
+        return sum(timed(self.score_batch, texts[i : i + n_at_once]) for i in starts)
 
-class LlamaCpp:
+    def score_batch(self, texts):
+        n_ids = max(map(len, texts))
+        ids = self.torch.tensor([text + [0] * (n_ids - len(text)) for text in texts])
+        logits = self.model(ids[:, :-1], use_cache=False).logits.flatten(0, 1)
+        targets = ids[:, 1:].flatten()
+        self.torch.nn.functional.cross_entropy(logits, targets, reduction="none").numpy()
+
+
+class LlamaCpp(Engine):
     def __init__(self, model_dir, threads, picogpt):
         from llama_cpp import Llama
 
         n_ctx = json.loads((model_dir / "hparams.json").read_text())["n_ctx"]
         path = str(model_dir / "model.gguf")
-        self.model = Llama(
-            path, n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
+        n_threads = {"n_threads": threads, "n_threads_batch": threads}
+        self.model = Llama(path, n_ctx=n_ctx, verbose=False, **n_threads)
 
     def prompt(self, ids):
         self.model.reset()
@@ -203,13 +244,7 @@ class LlamaCpp:
 
 
 ENGINES = {"npGPT": NpGPT, "llama.cpp": LlamaCpp, "transformers": Transformers, "picoGPT": PicoGPT}
-
-
-def peak_memory():
-    """The most memory that this process has used, in MB. Mapped files count if they were read."""
-    import resource
-
-    return megabytes(resource.getrusage(resource.RUSAGE_SELF))
+SCORERS = ("npGPT", "transformers")
 
 
 def megabytes(usage):
@@ -224,57 +259,61 @@ def work(program, model_dir, threads, picogpt):
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         method, *arguments = json.loads(line)
-        if method == "prompt":
-            result = [timed(lambda: engine.prompt(arguments[0]))]  # noqa: B023
-        elif method == "steps":
-            engine.prompt(arguments[0])
-            result = [timed(engine.step) for _ in range(arguments[1])]
-        elif method == "steps and products":  # in turns
-            engine.prompt(arguments[0])
-            multiply = engine.products()
-            result = [(timed(engine.step), timed(multiply)) for _ in range(arguments[1])]
-        elif method == "score":
-            result = [timed(lambda: [engine.score(ids) for ids in arguments[0]])]  # noqa: B023
-        elif method == "memory":
-            result = peak_memory()
-        else:
-            result = getattr(engine, method)(*arguments)
+        result = getattr(engine, method)(*arguments)
         print(json.dumps(result), file=answers, flush=True)
 
 
 class Worker:
     """The process of one program, which answers one request at a time."""
 
-    def __init__(self, program, model_dir, args):
-        command = [
-            sys.executable,
-            __file__,
-            "--worker",
-            program,
-            str(model_dir),
-            "--threads",
-            str(args.threads),
-        ]
-        command += ["--picogpt", str(args.picogpt)] if args.picogpt else []
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    def __init__(self, program, run):
+        command = [sys.executable, __file__, "--threads", str(run.args.threads)]
+        if run.args.picogpt:
+            command += ["--picogpt", str(run.args.picogpt)]
+        environment = os.environ.copy()
+        if program == COMMAND:
+            environment |= COMMAND_VARIABLES
+            program = "npGPT"
+        command += ["--worker", program, str(run.model_dir)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, text=True, env=environment, **pipes)
         if self.process.stdout.readline() != "ready\n":
             raise SystemExit(f"{program} did not start")
 
     def ask(self, *request):
-        time.sleep(0.3)  # until the threads of the last program sleep
+        time.sleep(PAUSE)
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def close(self):
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
+
+
+@contextlib.contextmanager
+def workers(programs, run):
+    """{program: its worker}. All have loaded the model when the first one is asked."""
+    started = {}
+    try:
+        for program in programs:
+            started[program] = Worker(program, run)
+        yield started
+    finally:
+        for worker in started.values():
+            worker.close()
+
+
+def in_turns(some_workers, rounds, *request):
+    """Ask each program once to warm up, and then in turns -> {program: its answers}."""
+    answers = {program: [] for program in some_workers}
+    for n_round in range(rounds + 1):
+        for program, worker in some_workers.items():
+            answer = worker.ask(*request)
+            if n_round > 0:
+                answers[program].append(answer)
+    return answers
 
 
 # The same checkpoint for all programs
@@ -334,33 +373,31 @@ def checkpoint_variables(model_dir):
 
 
 def prepare(folder, size, hparams, model_dir, programs):
-    """Make a random checkpoint in folder/size, or link the one in model_dir there, and convert it -> folder/size."""
+    """Make a random checkpoint, or link the one in model_dir, and convert it -> its folder."""
     target = folder / size
     if model_dir:
         target.mkdir()
         for path in model_dir.iterdir():
             (target / path.name).symlink_to(path.resolve())
+        variables = checkpoint_variables(target)
     else:
-        write_model(
-            target, hparams, merges=gpt2_merges() if hparams["n_vocab"] == 50257 else SMALL_MERGES
-        )
-    if {"transformers", "llama.cpp"} & set(programs):
-        variables = checkpoint_variables(target) if model_dir else random_variables(hparams)
-        if "transformers" in programs:
-            convert_for_transformers(target, hparams, variables)
-        if "llama.cpp" in programs:
-            convert_for_llama_cpp(target, hparams, variables)
+        merges = gpt2_merges() if hparams["n_vocab"] == 50257 else SMALL_MERGES
+        write_model(target, hparams, merges=merges)
+        variables = random_variables(hparams)
+    if "transformers" in programs:
+        convert_for_transformers(target, hparams, variables)
+    if "llama.cpp" in programs:
+        convert_for_llama_cpp(target, hparams, variables)
     if "picoGPT" in programs:  # it loads only models with a published name
         (target / "picoGPT").mkdir()
         (target / "picoGPT" / "124M").symlink_to(target)
-    run_command(
-        [sys.executable, str(ROOT / "gpt2.py"), "a", "1", target.name, str(target.parent)], 2
-    )  # the first load
+    first_load = [sys.executable, str(ROOT / "gpt2.py"), "a", "1", target.name, str(folder)]
+    run_command(first_load, 2)
     return target
 
 
 def in_new_process(function, *arguments):
-    """Call the function in a process of its own. Linux starts the peak memory of a child with that of its parent."""
+    """Call the function in a new process. On Linux, peak memory starts with that of the parent."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -372,7 +409,8 @@ LLAMA_SCRIPT = """
 import sys
 from llama_cpp import Llama
 path, prompt, n, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-model = Llama(path + "/model.gguf", n_ctx=min(1024, len(prompt) + n), n_threads=threads, verbose=False)
+n_ctx = min(1024, len(prompt) + n)
+model = Llama(path + "/model.gguf", n_ctx=n_ctx, n_threads=threads, verbose=False)
 ids = []
 for token_id in model.generate(model.tokenize(prompt.encode(), add_bos=False), temp=0.0):
     ids.append(token_id)
@@ -390,49 +428,51 @@ tokenizer = GPT2Tokenizer(path + "/encoder.json", path + "/vocab.bpe")
 model = GPT2LMHeadModel.from_pretrained(path + "/transformers").eval()
 ids = torch.tensor([tokenizer.encode(prompt)])
 with torch.inference_mode():
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False)
+    mask = torch.ones_like(ids)
+    lengths = {"max_new_tokens": n, "min_new_tokens": n}
+    out = model.generate(ids, attention_mask=mask, do_sample=False, **lengths)
 print(tokenizer.decode(out[0, ids.shape[1]:]))
 """
 
 
-def command_of(program, model_dir, args):
+def command_of(program, run):
+    model_dir = run.model_dir
+    prompt = [PROMPT, str(N_TOKENS)]
     if program == "npGPT":
-        return [
-            sys.executable,
-            str(ROOT / "gpt2.py"),
-            PROMPT,
-            str(N_TOKENS),
-            model_dir.name,
-            str(model_dir.parent),
-        ]
+        script = str(ROOT / "gpt2.py")
+        return [sys.executable, script, *prompt, model_dir.name, str(model_dir.parent)]
     if program == "picoGPT":
-        script = str(args.picogpt.resolve() / "gpt2.py")
-        return [sys.executable, script, PROMPT, str(N_TOKENS), "124M", str(model_dir / "picoGPT")]
+        script = str(run.args.picogpt.resolve() / "gpt2.py")
+        return [sys.executable, script, *prompt, "124M", str(model_dir / "picoGPT")]
     script = {"llama.cpp": LLAMA_SCRIPT, "transformers": TRANSFORMERS_SCRIPT}[program]
-    return [sys.executable, "-c", script, str(model_dir), PROMPT, str(N_TOKENS), str(args.threads)]
+    return [sys.executable, "-c", script, str(model_dir), *prompt, str(run.args.threads)]
 
 
 def thread_variables(threads):
-    return dict.fromkeys(
-        ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)
-    )
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    return dict.fromkeys(names, str(threads))
+
+
+class Usage(NamedTuple):
+    seconds: float
+    megabytes: float
 
 
 def run_command(command, threads):
-    """Run the command -> (seconds, peak memory in MB)."""
+    """Run the command -> its time and peak memory."""
     environment = os.environ | thread_variables(threads) | {"HF_HUB_OFFLINE": "1"}
+    time.sleep(PAUSE)
     start = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
-    )
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
     process.stderr.close()
     if process.returncode:
         raise SystemExit(f"{command[:3]} failed: {errors.decode()[-2000:]}")
-    return seconds, megabytes(usage)
+    return Usage(seconds, megabytes(usage))
 
 
 # Measurements
@@ -443,7 +483,7 @@ def rounded(value, n_digits=3):
 
 
 class Figures:
-    """The results. Each row says what was measured, for which program, in which unit, and the values."""
+    """The results. A row says what was measured, for which program, in which unit, and values."""
 
     def __init__(self):
         self.rows = []
@@ -453,28 +493,25 @@ class Figures:
         self.rows.append(row | {"min": min(values), "max": max(values), "n": len(values)})
 
     def find(self, what, who):
-        return next((row for row in self.rows if (row["what"], row["who"]) == (what, who)), None)
+        for row in self.rows:
+            if row["what"] == what and row["who"] == who:
+                return row
+        return None
 
-    def full_table(self):
-        """Markdown: medians with minimum and maximum, and the ratio of npGPT's median to each of the others."""
-
-        def figure(row):
-            median, least, most = (rounded(row[key], 4) for key in ("median", "min", "max"))
-            return f"{median} {row['unit']} ({least} to {most})"
-
-        lines = ["| what | npGPT | others | ratio |", "|---|---|---|---|"]
+    def full_table(self, processor):
+        """Markdown: medians, minimum and maximum, and the ratio of npGPT's median to the others."""
+        lines = [f"| {processor} | npGPT | others | ratio |", "|---|---|---|---|"]
         for what in dict.fromkeys(row["what"] for row in self.rows):
-            ours, *others = sorted(
-                (r for r in self.rows if r["what"] == what), key=lambda row: row["who"] != "npGPT"
-            )
-            cells = "<br>".join(f"{row['who']} {figure(row)}" for row in others)
+            ours = self.find(what, "npGPT")
+            others = [row for row in self.rows if row["what"] == what and row is not ours]
+            cells = "<br>".join(f"{row['who']} {with_limits(row)}" for row in others)
             ratios = "<br>".join(f"{ours['median'] / row['median']:.2f}" for row in others)
-            lines.append(f"| {what} | {figure(ours)} | {cells} | {ratios} |")
+            lines.append(f"| {what} | {with_limits(ours)} | {cells} | {ratios} |")
         return "\n".join(lines)
 
-    def short_table(self, tasks, programs):
+    def short_table(self, tasks, programs, processor):
         """Markdown: the medians of these tasks, {label: what}, with one column per program."""
-        lines = [f"| | {' | '.join(programs)} |", "|---" * (len(programs) + 1) + "|"]
+        lines = [f"| {processor} | {' | '.join(programs)} |", "|---" * (len(programs) + 1) + "|"]
         for label, what in tasks.items():
             rows = [self.find(what, program) for program in programs]
             cells = [f"{rounded(row['median'])} {row['unit']}" if row else "" for row in rows]
@@ -482,178 +519,246 @@ class Figures:
         return "\n".join(lines)
 
 
-def tasks_of(size, n_ctx):
-    """{label: what}, the five rows of the README."""
-    return {
-        "one more token": f"{size}: one more token",
-        f"a prompt of {n_ctx - 24} tokens": f"{size}: a prompt of {n_ctx - 24} tokens",
-        f"the whole command, {N_TOKENS} tokens": f"{size}: the whole command, {N_TOKENS} tokens",
-        "memory of the command": f"{size}: memory of the command",
-        SHORT_TEXTS: f"{size}: {SHORT_TEXTS}",
-    }
+def with_limits(row):
+    median, least, most = (rounded(row[key], 4) for key in ("median", "min", "max"))
+    return f"{median} {row['unit']} ({least} to {most})"
 
 
-def measure_model(figures, model_dir, size, hparams, programs, rounds, args):
-    """Time single tokens, prompts and samples. The larger sizes, without other programs, skip the last two."""
-    n_ctx = hparams["n_ctx"]
-    long_prompt = np.random.default_rng(0).integers(0, hparams["n_vocab"] - 1, n_ctx - 24).tolist()
-    workers = {program: Worker(program, model_dir, args) for program in programs}
-    taken = {}
+@dataclass
+class Run:
+    """What the measurements of one model share."""
 
-    def take(what, who, seconds):
-        taken.setdefault((what, who), []).append(1000 * statistics.median(seconds))
+    figures: Figures
+    args: argparse.Namespace
+    rounds: int
+    programs: list
+    size: str
+    hparams: dict
+    model_dir: Path
 
-    token, late = (
-        f"{size}: one more token",
-        f"{size}: one more token after {len(long_prompt)} tokens",
-    )
-    prompt, samples = (
-        f"{size}: a prompt of {len(long_prompt)} tokens",
-        f"{size}: a token, for 16 samples at once",
-    )
-    for program, worker in workers.items():
-        worker.ask(
-            "steps", long_prompt if program != "picoGPT" else long_prompt[:10], 2
-        )  # a first run to warm up
-    for n_round in range(rounds):
-        for program, worker in workers.items():
-            if (
-                program == "picoGPT"
-            ):  # slow, and without a cache a late token takes as long as a prompt
-                if n_round < 2:
-                    take(token, program, worker.ask("steps", long_prompt[:10], 3))
-                    take(prompt, program, worker.ask("prompt", long_prompt))
-                continue
-            if program == "npGPT":
-                steps, products = zip(
-                    *worker.ask("steps and products", long_prompt[:10], 20), strict=True
-                )
-                take(token, "floor", products)
-            else:
-                steps = worker.ask("steps", long_prompt[:10], 20)
-            take(token, program, steps)
-            take(late, program, worker.ask("steps", long_prompt, 20))
-            if size not in args.sizes:
-                take(prompt, program, worker.ask("prompt", long_prompt))
-        if size not in args.sizes:
-            take(samples, "npGPT", workers["npGPT"].ask("samples", 16, 10))
-    for worker in workers.values():
-        worker.__exit__()
-    if (samples, "npGPT") in taken:
-        taken[samples, "one sample"] = taken[token, "npGPT"]
-    n_params = sum(
-        array.size for array in random_variables(hparams | {"n_vocab": 1, "n_ctx": 1}).values()
-    )
-    n_params += (hparams["n_vocab"] + n_ctx - 2) * hparams["n_embd"]
-    cache_share = 2 * hparams["n_layer"] * hparams["n_embd"] * (n_ctx - 14) / n_params
-    taken[late, "floor, and the cache at its speed"] = [
-        ms * (1 + cache_share) for ms in taken[token, "floor"]
+    def ids(self, n, seed=0):
+        """Random ids, without <|endoftext|>."""
+        rng = np.random.default_rng(seed)
+        return rng.integers(0, self.hparams["n_vocab"] - 1, n).tolist()
+
+    def n_long(self):
+        """The length of a long prompt: 1000 of 1024."""
+        return self.hparams["n_ctx"] - 24
+
+    def add(self, what, unit, values_of):
+        """Add the values of each program, {program: values}."""
+        factor = 1000 if unit == "ms" else 1
+        for program, values in values_of.items():
+            values = [factor * value for value in values]
+            self.figures.add(f"{self.size}: {what}", program, unit, values)
+
+
+def tasks_of(run):
+    """{label: what}, the rows of the README."""
+    labels = [
+        "one more token",
+        f"a prompt of {run.n_long()} tokens",
+        f"the whole command, {N_TOKENS} tokens",
+        "memory of the command",
+        SHORT_TEXTS,
     ]
-    for (what, who), values in sorted(
-        taken.items(), key=lambda item: (item[0][0] != token, item[0][0])
-    ):
-        figures.add(what, who, "ms", values)
+    return {label: f"{run.size}: {label}" for label in labels}
 
 
-def measure_commands(figures, model_dir, size, programs, rounds, args):
-    runs = {program: [] for program in programs}
-    for n_round in range(rounds + 1):
-        for program in programs:
-            if program != "picoGPT" or n_round < 2:
-                runs[program].append(
-                    run_command(command_of(program, model_dir, args), args.threads)
-                )
-                time.sleep(0.3)
-    for what, unit, i in (
-        (f"the whole command, {N_TOKENS} tokens", "s", 0),
-        ("memory of the command", "MB", 1),
-    ):
-        for program, results in runs.items():
-            figures.add(f"{size}: {what}", program, unit, [result[i] for result in results[1:]])
-    data = model_dir / "model.ckpt.data-00000-of-00001"
-    figures.add(
-        f"{size}: memory of the command",
-        "size of the checkpoint",
-        "MB",
-        [data.stat().st_size / 1e6],
-    )
+def measure_tokens(run, some):
+    """Single tokens, early and late, beside the products alone."""
+    prompt = run.ids(run.n_long())
+    token = in_turns(some, run.rounds, "time_step", prompt[:10], 20)
+    floor = in_turns({"floor": some["npGPT"]}, run.rounds, "time_products", 20)["floor"]
+    late = in_turns(some, run.rounds, "time_step", prompt, 20)
+    run.add("one more token", "ms", token | {"floor": floor})
+    shapes = run.hparams | {"n_vocab": 1, "n_ctx": 1}
+    n_params = sum(array.size for array in random_variables(shapes).values())
+    n_params += (run.hparams["n_vocab"] + run.hparams["n_ctx"] - 2) * run.hparams["n_embd"]
+    n_cached = 2 * run.hparams["n_layer"] * run.hparams["n_embd"] * (run.n_long() + 10)
+    late["floor, and the cache at its speed"] = [
+        seconds * (1 + n_cached / n_params) for seconds in floor
+    ]
+    run.add(f"one more token after {run.n_long()} tokens", "ms", late)
 
 
-def measure_scoring(figures, model_dir, size, hparams, programs, rounds, args):
-    """Tokens per second that are scored, one text at a time, and the peak memory of doing so."""
-    rng, n_ctx = np.random.default_rng(0), hparams["n_ctx"]
-    lengths = rng.integers(20, min(300, n_ctx) + 1, 16)
-    texts = {
-        SHORT_TEXTS: [rng.integers(0, hparams["n_vocab"] - 1, n).tolist() for n in lengths],
-        f"scoring a text of {n_ctx - 24} tokens": [
-            rng.integers(0, hparams["n_vocab"] - 1, n_ctx - 24).tolist()
-        ],
-    }
-    for what, some in texts.items():
-        workers = {
-            program: Worker(program, model_dir, args) for program in programs if program in SCORERS
-        }
-        speeds = {program: [] for program in workers}
-        for _ in range(rounds + 1):  # the first one warms up
-            for program, worker in workers.items():
-                speeds[program].append(sum(map(len, some)) / worker.ask("score", some)[0])
-        for program, values in speeds.items():
-            figures.add(f"{size}: {what}", program, "tokens/s", values[1:])
-        for program, worker in workers.items():
-            figures.add(f"{size}: memory of {what}", program, "MB", [worker.ask("memory")])
-            worker.__exit__()
+def measure_prompts(run, some):
+    """Prompts, and 16 samples at once."""
+    prompt = run.ids(run.n_long())
+    seconds = in_turns(some, run.rounds, "time_prompt", prompt)
+    run.add(f"a prompt of {len(prompt)} tokens", "ms", seconds)
+    samples = in_turns({"npGPT": some["npGPT"]}, run.rounds, "time_samples", 16, 10)
+    run.add("a token, for 16 samples at once", "ms", samples)
 
 
-SCORERS = [program for program, engine in ENGINES.items() if hasattr(engine, "score")]
+def measure_picogpt(run):
+    """picoGPT is slow, and without a cache a late token takes as long as a prompt."""
+    prompt = run.ids(run.n_long())
+    with workers(["picoGPT"], run) as some:
+        run.add("one more token", "ms", in_turns(some, 2, "time_step", prompt[:10], 3))
+        seconds = [some["picoGPT"].ask("time_prompt", prompt) for _ in range(2)]
+        run.add(f"a prompt of {len(prompt)} tokens", "ms", {"picoGPT": seconds})
 
-# {what: {program: (preparation, statements to time)}}
+
+# A process that only computes, as long as its parent lives
+SPIN = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:
+    for _ in range(1_000_000):
+        pass
+"""
+
+
+@contextlib.contextmanager
+def neighbours(n):
+    """n processes that only compute."""
+    processes = []
+    try:
+        for _ in range(n):
+            processes.append(subprocess.Popen([sys.executable, "-c", SPIN]))
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
+
+
+def measure_beside_neighbours(run, some):
+    """A short and a long prompt and a token, beside processes that keep the cores busy."""
+    prompt = run.ids(run.n_long())
+    with workers([COMMAND], run) as one:
+        all_programs = some | one
+        for n in (0, 1) if run.args.quick else N_NEIGHBOURS:
+            with neighbours(n):
+                what = f"beside {n} busy processes"
+                for n_ids in (min(100, len(prompt) - 1), len(prompt)):
+                    seconds = in_turns(all_programs, run.rounds, "time_prompt", prompt[:n_ids])
+                    run.add(f"{what}, a prompt of {n_ids} tokens", "ms", seconds)
+                seconds = in_turns(all_programs, run.rounds, "time_step", prompt[:10], 10)
+                run.add(f"{what}, one more token", "ms", seconds)
+
+
+def measure_commands(run):
+    usages = {program: [] for program in run.programs}
+    for n_round in range(run.rounds + 1):
+        for program in run.programs:
+            if program == "picoGPT" and n_round > 1:
+                continue  # it is slow
+            usage = run_command(command_of(program, run), run.args.threads)
+            if n_round > 0:
+                usages[program].append(usage)
+    seconds = {program: [usage.seconds for usage in usages[program]] for program in usages}
+    memory = {program: [usage.megabytes for usage in usages[program]] for program in usages}
+    run.add(f"the whole command, {N_TOKENS} tokens", "s", seconds)
+    run.add("memory of the command", "MB", memory | checkpoint_size(run))
+
+
+def checkpoint_size(run):
+    data = run.model_dir / "model.ckpt.data-00000-of-00001"
+    return {"size of the checkpoint": [data.stat().st_size / 1e6]}
+
+
+def measure_scoring(run, folder):
+    """Tokens per second that are scored, and the peak memory of doing so."""
+    n_ctx = run.hparams["n_ctx"]
+    lengths = np.random.default_rng(0).integers(20, min(300, n_ctx) + 1, 16)
+    short_texts = [run.ids(int(n), seed=i) for i, n in enumerate(lengths)]
+    programs = [program for program in SCORERS if program in run.programs]
+    with workers(programs, run) as some:
+        measure_texts(run, some, SHORT_TEXTS, short_texts)
+    with workers(programs, run) as some:
+        measure_texts(run, some, f"scoring a text of {n_ctx} tokens", [run.ids(n_ctx)])
+        measure_corpus(run, some, folder)
+
+
+def measure_texts(run, some, what, texts):
+    """One text after the other."""
+    n_tokens = sum(map(len, texts))
+    seconds = in_turns(some, run.rounds, "time_scores", texts)
+    memory = {program: [worker.ask("memory")] for program, worker in some.items()}
+    speeds = {program: [n_tokens / value for value in seconds[program]] for program in seconds}
+    run.add(what, "tokens/s", speeds)
+    run.add(f"memory of {what}", "MB", memory | checkpoint_size(run))
+
+
+def measure_corpus(run, some, folder):
+    """examples/score.py, without its start, beside transformers with its best size of batches."""
+    paragraphs = held_out_text().split("\n\n")[: 5 if run.args.quick else N_PARAGRAPHS]
+    texts = some["npGPT"].ask("encode", paragraphs)
+    n_tokens = sum(map(len, texts))
+    texts = [[run.hparams["n_vocab"] - 1, *ids] for ids in texts]  # <|endoftext|> goes first
+    ours = []
+    theirs = {n_at_once: [] for n_at_once in (4, 8, 16)}
+    for _ in range(run.rounds):
+        start = score_with_npgpt(run, folder, paragraphs[:1])
+        whole = score_with_npgpt(run, folder, paragraphs)
+        ours.append(n_tokens / (whole - start))
+        if "transformers" in some:
+            for n_at_once, speeds in theirs.items():
+                seconds = some["transformers"].ask("time_corpus", texts, n_at_once)
+                speeds.append(n_tokens / seconds)
+    speeds = {"npGPT": ours}
+    if "transformers" in some:
+        best = max(theirs, key=lambda n_at_once: statistics.median(theirs[n_at_once]))
+        speeds[f"transformers, {best} at once"] = theirs[best]
+    run.add(f"scoring {len(texts)} paragraphs", "tokens/s", speeds)
+
+
+def score_with_npgpt(run, folder, paragraphs):
+    """The time of the command examples/score.py."""
+    source = folder / "corpus.jsonl"
+    lines = [json.dumps({"text": paragraph}) + "\n" for paragraph in paragraphs]
+    source.write_text("".join(lines), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as target:
+        command = [sys.executable, "-m", "examples.score", str(source)]
+        command += ["--output", f"{target}/scores.jsonl", "--model_size", run.model_dir.name]
+        command += ["--models_dir", str(run.model_dir.parent)]
+        return run_command(command, run.args.threads).seconds
+
+
+# What prepares a load, and what is timed: {what: {program: its statements}}
 LOADS = {
     "encoder.json and vocab.bpe": {
-        "npGPT": ("import encoder", "encoder.get_encoder(name, folder)")
+        "npGPT": ["import encoder", "encoder.get_encoder(name, folder)"],
     },
     "parameters that were loaded before": {
-        "npGPT": (
+        "npGPT": [
             "import json, utils; hparams = json.load(open(f'{folder}/{name}/hparams.json'))",
             "utils.load_gpt2_params_from_tf_ckpt(f'{folder}/{name}/model.ckpt', hparams)",
-        )
+        ],
     },
     "a Hugging Face folder": {
-        "npGPT": (
-            "import utils",
-            "utils.load_encoder_hparams_and_params('transformers', f'{folder}/{name}')",
-        ),
-        "transformers": (
-            "from transformers import GPT2LMHeadModel, GPT2Tokenizer; folder = f'{folder}/{name}/transformers'",
-            "GPT2Tokenizer.from_pretrained(folder), GPT2LMHeadModel.from_pretrained(folder)",
-        ),
+        "npGPT": [
+            "import utils; folder = f'{folder}/{name}'",
+            "utils.load_encoder_hparams_and_params('transformers', folder)",
+        ],
+        "transformers": [
+            "import transformers as t; folder = f'{folder}/{name}/transformers'",
+            "t.GPT2Tokenizer.from_pretrained(folder), t.GPT2LMHeadModel.from_pretrained(folder)",
+        ],
     },
 }
 TIMED = """
 import sys, time
 folder, name = sys.argv[1:]
-{preparation}
+{}
 start = time.perf_counter()
-{statements}
+{}
 print(time.perf_counter() - start)
 """
 
 
-def measure_loading(figures, model_dir, size, programs, rounds):
-    for what, ways in LOADS.items():
-        if what == "a Hugging Face folder" and "transformers" not in programs:
+def measure_loading(run):
+    for what, programs in LOADS.items():
+        if what == "a Hugging Face folder" and "transformers" not in run.programs:
             continue  # transformers writes it
-        for program in [program for program in ways if program in programs]:
-            preparation, statements = ways[program]
-            command = [
-                sys.executable,
-                "-c",
-                TIMED.format(preparation=preparation, statements=statements),
-            ]
-            command += [str(model_dir.parent), model_dir.name]
-            seconds = [float(subprocess.check_output(command, cwd=ROOT)) for _ in range(rounds)]
-            figures.add(
-                f"{size}: loading {what}", program, "ms", [1000 * value for value in seconds]
-            )
+        for program, statements in programs.items():
+            command = [sys.executable, "-c", TIMED.format(*statements)]
+            command += [str(run.model_dir.parent), run.model_dir.name]
+            outputs = [subprocess.check_output(command, cwd=ROOT) for _ in range(run.rounds)]
+            run.add(f"loading {what}", "ms", {program: list(map(float, outputs))})
 
 
 ENCODE = """
@@ -667,7 +772,8 @@ if who == "npGPT":
 else:
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-    ranks = data_gym_to_mergeable_bpe_ranks(f"{folder}/{name}/vocab.bpe", f"{folder}/{name}/encoder.json")
+    path = f"{folder}/{name}"
+    ranks = data_gym_to_mergeable_bpe_ranks(f"{path}/vocab.bpe", f"{path}/encoder.json")
     coder = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     encode, decode = coder.encode_ordinary, coder.decode
 def timed(function, argument):
@@ -684,36 +790,35 @@ print(mb / cold, mb / warm, 1 / seconds)
 """
 
 
-def measure_encoder(figures, folder, rounds, quick):
-    """Encode prose (Shakespeare) and code (the modules of this Python) with GPT-2's vocabulary, and decode."""
+def measure_encoder(run, folder):
+    """Encode prose (Shakespeare) and code (the modules of this Python), and decode."""
     write_vocabulary(folder / "gpt2", gpt2_merges())
     modules = sorted(Path(os.__file__).parent.glob("*.py"))
     code = "".join(path.read_text(encoding="utf-8", errors="ignore") for path in modules)
-    programs = ["npGPT"] + ["tiktoken"] * is_installed("tiktoken")
-    for kind, text in ("prose", held_out_text()), ("code", code):
+    for kind, text in {"prose": held_out_text(), "code": code}.items():
         path = folder / f"{kind}.txt"
-        path.write_text(text[:20_000] if quick else text, encoding="utf-8")
-        results = {program: [] for program in programs}
-        for _ in range(rounds):
-            for program in programs:
-                command = [
-                    sys.executable,
-                    "-c",
-                    ENCODE,
-                    program,
-                    str(folder),
-                    "gpt2",
-                    str(path),
-                    GPT2_PATTERN,
-                ]
-                results[program].append(
-                    list(map(float, subprocess.check_output(command, cwd=ROOT).split()))
-                )
-        rows = [(f"encoding {kind}, first time", "MB/s"), (f"encoding {kind} again", "MB/s")]
-        rows += [("decoding", "million ids/s")] * (kind == "code")
-        for i, (what, unit) in enumerate(rows):
-            for program, values in results.items():
-                figures.add(what, program, unit, [value[i] for value in values])
+        path.write_text(text[:20_000] if run.args.quick else text, encoding="utf-8")
+        tasks = {f"encoding {kind}, first time": "MB/s", f"encoding {kind} again": "MB/s"}
+        if kind == "code":
+            tasks["decoding"] = "million ids/s"
+        results = encoder_speeds(run, folder, path)
+        for i, (what, unit) in enumerate(tasks.items()):
+            for program, rows in results.items():
+                run.figures.add(what, program, unit, [row[i] for row in rows])
+
+
+def encoder_speeds(run, folder, path):
+    """{program: for each round [first time, again, decoding]}."""
+    results = {"npGPT": []}
+    if is_installed("tiktoken"):
+        results["tiktoken"] = []
+    for _ in range(run.rounds):
+        for program, rows in results.items():
+            arguments = [program, str(folder), "gpt2", str(path), GPT2_PATTERN]
+            command = [sys.executable, "-c", ENCODE, *arguments]
+            words = subprocess.check_output(command, cwd=ROOT).split()
+            rows.append(list(map(float, words)))
+    return results
 
 
 # The report
@@ -724,7 +829,8 @@ def machine(threads):
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        model = f"{names[0]}, {len(names)} cores" if names else model
+        if names:
+            model = f"{names[0]}, {len(names)} cores"
     packages = ["numpy", "torch", "transformers", "llama-cpp-python", "tiktoken"]
     versions = {"python": platform.python_version()}
     for package in packages:
@@ -741,17 +847,15 @@ def machine(threads):
 
 
 def plot(figures, tasks, programs, path):
-    """Bars grouped by task, one color per program. Shorter is better, so scoring (tokens per second) is left out."""
+    """Bars grouped by task, one color per program. Shorter is better: speeds are left out."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tasks = {
-        label: what
-        for label, what in tasks.items()
-        if not figures.find(what, "npGPT")["unit"].endswith("/s")
-    }
+    for label, what in list(tasks.items()):
+        if figures.find(what, "npGPT")["unit"].endswith("/s"):
+            del tasks[label]
     figure, panels = pyplot.subplots(1, len(tasks), figsize=(11, 3.4), layout="constrained")
     for axes, (label, what) in zip(panels, tasks.items(), strict=True):
         rows = [row for row in (figures.find(what, program) for program in programs) if row]
@@ -799,10 +903,75 @@ def parse_arguments():
     args = parser.parse_args()
     args.sizes = list(filter(None, args.sizes.split(",")))
     if args.picogpt and not (args.picogpt / "gpt2.py").is_file():
-        parser.error(
-            f"{args.picogpt} is not a checkout of picoGPT: git clone https://github.com/jaymody/picoGPT"
-        )
+        address = "https://github.com/jaymody/picoGPT"
+        parser.error(f"{args.picogpt} is not a checkout of picoGPT: git clone {address}")
     return args
+
+
+def installed_programs(args):
+    for program, packages in PACKAGES.items():
+        if not is_installed(program):
+            print(f"{program} is not installed (pip install {packages})", file=sys.stderr)
+    programs = ["npGPT", "llama.cpp", "transformers"]
+    programs = [name for name in programs if name == "npGPT" or is_installed(name)]
+    if args.picogpt:
+        programs.append("picoGPT")
+    return programs
+
+
+def first_run(args, folder):
+    """The model that all programs are measured with, in their formats."""
+    programs = installed_programs(args)
+    size = "quick" if args.quick else "124M"
+    hparams = QUICK if args.quick else SIZES[size]
+    if args.model_dir:
+        size = args.model_dir.resolve().name
+        hparams = json.loads((args.model_dir / "hparams.json").read_text())
+    model_dir = in_new_process(prepare, folder, size, hparams, args.model_dir, programs)
+    rounds = 1 if args.quick else args.rounds
+    return Run(Figures(), args, rounds, programs, size, hparams, model_dir)
+
+
+def measure(run, folder):
+    with workers([program for program in run.programs if program != "picoGPT"], run) as some:
+        measure_tokens(run, some)
+        measure_prompts(run, some)
+        measure_beside_neighbours(run, some)
+    if "picoGPT" in run.programs:
+        measure_picogpt(run)
+    measure_commands(run)
+    measure_scoring(run, folder)
+    measure_loading(run)
+    measure_encoder(run, folder)
+
+
+def measure_size(first, size, folder):
+    """Measure npGPT alone with a random model of this size."""
+    model_dir = in_new_process(prepare, folder, size, SIZES[size], None, ["npGPT"])
+    rounds = min(first.rounds, 3)
+    run = Run(first.figures, first.args, rounds, ["npGPT"], size, SIZES[size], model_dir)
+    with workers(["npGPT"], run) as some:
+        measure_tokens(run, some)
+    run.rounds = 1
+    measure_commands(run)
+    for path in model_dir.iterdir():
+        path.unlink()
+
+
+def report(run):
+    args = run.args
+    about = machine(args.threads)
+    versions = [f"{name} {version}" for name, version in about["versions"].items() if version]
+    processor = about["processor"]
+    tasks = tasks_of(run)
+    print(f"{processor}, {args.threads} threads; {', '.join(versions)}\n")
+    print(run.figures.short_table(tasks, run.programs, processor))
+    print()
+    print(run.figures.full_table(processor))
+    if args.json:
+        args.json.write_text(json.dumps(about | {"figures": run.figures.rows}, indent=1) + "\n")
+    if args.plot:
+        plot(run.figures, tasks, run.programs, args.plot)
 
 
 def main():
@@ -811,47 +980,13 @@ def main():
     if args.worker:
         return work(*args.worker, args.threads, args.picogpt)
     os.environ |= thread_variables(args.threads)  # before the workers import NumPy
-    for program, packages in PACKAGES.items():
-        if not is_installed(program):
-            print(f"{program} is not installed (pip install {packages})", file=sys.stderr)
-    programs = [
-        "npGPT",
-        *(program for program in ("llama.cpp", "transformers") if is_installed(program)),
-    ]
-    programs += ["picoGPT"] * bool(args.picogpt)
-    rounds, first, hparams = (
-        (1, "quick", QUICK) if args.quick else (args.rounds, "124M", SIZES["124M"])
-    )
-    if args.model_dir:
-        first, hparams = (
-            args.model_dir.resolve().name,
-            json.loads((args.model_dir / "hparams.json").read_text()),
-        )
-    figures = Figures()
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        model_dir = in_new_process(prepare, folder, first, hparams, args.model_dir, programs)
-        measure_model(figures, model_dir, first, hparams, programs, rounds, args)
-        measure_commands(figures, model_dir, first, programs, rounds, args)
-        measure_scoring(figures, model_dir, first, hparams, programs, rounds, args)
-        measure_loading(figures, model_dir, first, programs, rounds)
-        measure_encoder(figures, folder, rounds, args.quick)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run = first_run(args, folder)
+        measure(run, folder)
         for size in args.sizes:
-            model_dir = in_new_process(prepare, folder, size, SIZES[size], None, ["npGPT"])
-            measure_model(figures, model_dir, size, SIZES[size], ["npGPT"], min(rounds, 3), args)
-            measure_commands(figures, model_dir, size, ["npGPT"], 1, args)
-            for path in model_dir.iterdir():
-                path.unlink()
-    about, tasks = machine(args.threads), tasks_of(first, hparams["n_ctx"])
-    versions = ", ".join(
-        f"{name} {version}" for name, version in about["versions"].items() if version
-    )
-    print(f"{about['processor']}, {args.threads} threads; {versions}")
-    print(f"\n{figures.short_table(tasks, programs)}\n\n{figures.full_table()}")
-    if args.json:
-        args.json.write_text(json.dumps(about | {"figures": figures.rows}, indent=1) + "\n")
-    if args.plot:
-        plot(figures, tasks, programs, args.plot)
+            measure_size(run, size, folder)
+    report(run)
 
 
 if __name__ == "__main__":

@@ -402,13 +402,29 @@ def test_help_matches_the_signature(python):
 def test_a_model_that_does_not_exist(small_dir):
     found = ["there is no model", "124M, 355M, 774M, 1558M"]
     assert_error(run("a", "--model_size", "nope", "--models_dir", small_dir), 1, *found, "small")
-    hint = f"{QUOTES}; 'poems' is taken for model_size, but there is no model"
+    hint = f"'poems' is taken for model_size (if it belongs to the prompt, {QUOTES}): there is no"
     assert_error(run("write", "40", "poems", "--models_dir", small_dir), 1, hint, *found, "small")
     assert_error(run("write", "40", "poems", "there"), 1, hint)
     for words in (["--model_size=poems"], ["40", "--model_size", "poems"]):
         result = run("a", *words, "--models_dir", small_dir)
         assert_error(result, 1, *found)
         assert QUOTES not in result.err
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("gpt2", "124M"), ("gpt2-medium", "355M"), ("gpt2-large", "774M"), ("gpt2-xl", "1558M")],
+)
+def test_another_name_of_a_published_size(small_dir, name, size):
+    words = ["hi", "--model_size", name, "--models_dir", small_dir]
+    assert_error(run(*words), 1, f"did you mean {size}", f"{small_dir}/{name}")
+
+
+def test_the_bundled_model_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--model_size", "tiny", "--n_tokens_to_generate"]
+    assert run("ROMEO:", *words, "40") == Result(0, f"{ROMEO}\n", "")
+    assert_error(run("hi", "--model_size=nope"), 1, str(tmp_path / "models"))
 
 
 def test_a_folder_that_cannot_be_used(tmp_path, monkeypatch):
