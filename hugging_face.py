@@ -122,7 +122,7 @@ def check_config(config: Json, path: str) -> None:
             raise unsupported(path, key, value, values)
     eps = config["layer_norm_epsilon"]
     if type(eps) is not float or not 0 <= eps < math.inf:
-        raise unsupported(path, "layer_norm_epsilon", eps, [1e-5, "another float"])
+        raise ValueError(f"{path}: layer_norm_epsilon must be a float, 0 or more, got {eps!r}")
     utils.check_sizes({key: config[key] for key in SIZES}, path)
     if config["n_inner"] is not None:
         utils.check_size("n_inner", config["n_inner"], path)
@@ -370,7 +370,7 @@ def first_tokens(tokenizer: Json, path: str) -> list[str]:
         raise unsupported(path, "post_processor.type", kind, ["TemplateProcessing"])
     template = processor["single"]
     if "Sequence" not in template[-1]:
-        raise unsupported(path, "post_processor.single", template, ["tokens before the text"])
+        raise ValueError(f"{path}: post_processor.single adds tokens after the text: {template!r}")
     return [piece["SpecialToken"]["id"] for piece in template[:-1]]
 
 

@@ -754,7 +754,8 @@ def refuse_pointer(path: str) -> None:
     """Raise ValueError if a file is only Git LFS's pointer to it, and OSError if it is missing."""
     with open(path, "rb") as file:
         if file.read(100).startswith(GIT_LFS_POINTER.encode()):
-            raise ValueError(f"{path} is a Git LFS pointer; get the file itself with: git lfs pull")
+            pointer = "is a Git LFS pointer, not the file itself"
+            raise ValueError(f"{path} {pointer}; fetch the file with `git lfs pull`")
 
 
 def read_record(tf_ckpt_path: str) -> object:
