@@ -380,7 +380,7 @@ def for_blocks(function: Callable[[int, int], None], n: int, size: int) -> None:
             function(start, min(start + size, n))
         return
     starts = collections.deque(range(0, n, size))
-    settings = np.geterr()  # other threads do not inherit them
+    settings = np.geterr() | {"call": np.geterrcall()}  # other threads do not inherit them
 
     def work():
         with np.errstate(**settings):
@@ -391,9 +391,11 @@ def for_blocks(function: Callable[[int, int], None], n: int, size: int) -> None:
                     return
                 function(start, min(start + size, n))
 
-    pool = thread_pool(os.getpid(), 1000)  # an upper limit, for all callers together
-    helpers = [pool.submit(work) for _ in range(min(n_threads, len(starts)) - 1)]
+    helpers = []
     try:
+        with contextlib.suppress(RuntimeError):  # if no thread can start, this one does it all
+            for _ in range(min(n_threads, len(starts)) - 1):
+                helpers.append(thread_pool(os.getpid()).submit(work))
         work()
     finally:
         starts.clear()  # after an error, nobody needs the other blocks
@@ -403,62 +405,63 @@ def for_blocks(function: Callable[[int, int], None], n: int, size: int) -> None:
 
 
 @functools.cache
-def thread_pool(process: int, n_threads: int) -> Any:
-    """Threads of a process, which start when they are needed. A forked process has none yet."""
+def thread_pool(process: int) -> Any:
+    """The threads of a process, which start when they are needed. A forked process has none yet."""
     from concurrent.futures import ThreadPoolExecutor
 
-    return ThreadPoolExecutor(n_threads)
+    return ThreadPoolExecutor(1000)  # an upper limit, for all callers together
 
 
 class _Blas:
     """BLAS's number of threads. It is one while `users` has a member."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lock = threading.Lock()
         self.users: set[object] = set()
-        self.n_threads = 1  # what BLAS was set to before the first user came
-        self.limiter: Any = None
+        self.before: list[int] = []  # the number of threads of each library, while there is a user
 
-    def add(self, user: object) -> None:
+    def add(self, user: object) -> int:
+        """Return the number of threads that BLAS had before the first user came."""
         with self.lock:
+            if not self.before:
+                self.before = [library.num_threads for library in blas_libraries()]
+                set_blas_threads([1] * len(self.before))
             self.users.add(user)
-            self.call(self.limit)
+            return min(self.before, default=1)
 
     def remove(self, user: object) -> None:
         with self.lock:
             self.users.discard(user)
-            self.call(self.restore)
-
-    def call(self, function: Callable[[], None]) -> None:
-        """Call a function in one and the same thread: threadpoolctl obeys no other thread then."""
-        thread_pool(os.getpid(), 1).submit(function).result()
-
-    def limit(self) -> None:
-        if self.limiter is None and blas_controller():
-            self.n_threads = min(each["num_threads"] for each in blas_controller().info())
-            self.limiter = blas_controller().limit(limits=1)
-
-    def restore(self) -> None:
-        if self.limiter is not None and not self.users:
-            self.limiter.restore_original_limits()
-            self.limiter = None
+            if not self.users:
+                set_blas_threads(self.before)
+                self.before = []
 
 
 @functools.cache
-def blas_controller() -> Any:
-    """What sets BLAS's number of threads for the whole process, or None if that is impossible."""
+def blas_libraries() -> list:
+    """The BLAS libraries of this process, if their threads can be set for all of its threads."""
     try:
         import threadpoolctl
     except ImportError:
-        return None
-    controller = threadpoolctl.ThreadpoolController().select(user_api="blas")
-    layers = {library.get("threading_layer") for library in controller.info()}
-    return None if not layers or "openmp" in layers else controller  # OpenMP: for each thread
+        return []
+    libraries = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
+    layers = {library.info().get("threading_layer") for library in libraries}
+    return [] if "openmp" in layers else libraries  # OpenMP has a number for each thread
+
+
+def set_blas_threads(numbers: list[int]) -> None:
+    """Set each library's number of threads, whichever thread has set it before."""
+    for library, number in zip(blas_libraries(), numbers, strict=False):
+        # threadpoolctl 3.8 obeys one thread only, until that gives up control or is deprived of it.
+        clear = getattr(library, "clear_controlling_thread", lambda force: None)
+        clear(force=True)
+        library.set_num_threads(number)
+        clear(force=True)
 
 
 class _ThisThread(threading.local):
     n_threads = 1  # for for_blocks
-    is_inside = False  # of own_threads
+    user: object = None  # of _blas, in own_threads
 
 
 def n_own_threads() -> int:
@@ -478,16 +481,16 @@ def own_threads(n_threads: int | None = None) -> Iterator[None]:
     counts. The last one to leave restores BLAS's threads.
     """
     user = object()
-    is_outermost = not _this_thread.is_inside
+    is_outermost = _this_thread.user is None
     try:
-        _blas.add(user)
+        n_blas_threads = _blas.add(user)
         if is_outermost:
-            _this_thread.is_inside = True
-            _this_thread.n_threads = n_threads or _blas.n_threads
+            _this_thread.user = user
+            _this_thread.n_threads = n_threads or n_blas_threads
         yield
     finally:
         if is_outermost:
-            _this_thread.is_inside = False
+            _this_thread.user = None
             _this_thread.n_threads = 1
         _blas.remove(user)
 
@@ -498,11 +501,10 @@ def one_blas_thread() -> contextlib.AbstractContextManager:
 
 
 def _forget_threads() -> None:
-    """Start anew in a forked process, which has none of the other threads."""
-    global _blas
-    _blas.users.clear()
-    _blas.restore()
-    _blas = _Blas()
+    """In a forked process, only the thread that forked is left."""
+    _blas.lock = threading.Lock()
+    _blas.users &= {_this_thread.user}
+    _blas.remove(None)
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

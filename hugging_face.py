@@ -247,16 +247,15 @@ def tokenizer_from_vocabulary(path: str, settings: Json) -> Json:
         if value not in values:
             config_path = os.path.join(folder, "tokenizer_config.json")
             raise unsupported(config_path, setting, value, values)
+    merges_path = os.path.join(folder, "merges.txt")
     added = read_optional(folder, "added_tokens.json")
     template = [{"Sequence": {"id": "A"}}]
     bos = token_entry(settings.get("bos_token", END_OF_TEXT))
     if settings.get("add_bos_token") and bos:
         template = [{"SpecialToken": {"id": bos["content"]}}, *template]
     return {
-        "model": {
-            "vocab": read_json(path),
-            "merges": read_merges(os.path.join(folder, "merges.txt")),
-        },
+        "model": {"vocab": read_json(path), "merges": read_merges(merges_path)},
+        "merges_path": merges_path,
         "pre_tokenizer": {"add_prefix_space": settings.get("add_prefix_space")},
         "added_tokens": [{"content": name, "id": token_id} for name, token_id in added.items()],
         "post_processor": {"type": "TemplateProcessing", "single": template},
@@ -282,21 +281,22 @@ def encoder_from_tokenizer(tokenizer: Json, settings: Json, path: str) -> Encode
     model = tokenizer["model"]
     merges = [read_merge(merge, path) for merge in model["merges"]]
     vocabulary = dict(model["vocab"])
-    tokens = named_tokens(tokenizer, settings)
-    for name, token in tokens.items():
-        if "id" in token and vocabulary.setdefault(name, token["id"]) != token["id"]:
-            raise ValueError(f"{path} is damaged: {name!r} has two ids; {utils.REPLACE}")
-    check_vocabulary(vocabulary, merges, path, path)
     special_tokens = {}
     added_tokens = {}
-    for name in tokens.keys() & vocabulary.keys():
-        flags = [key for key in ("lstrip", "rstrip", "single_word") if tokens[name].get(key)]
-        if not tokens[name]["special"]:
-            added_tokens[name] = vocabulary[name]
+    for name, token in named_tokens(tokenizer, settings).items():
+        token_id = token.get("id", vocabulary.get(name))
+        if token_id is None:
+            continue
+        if vocabulary.setdefault(name, token_id) != token_id:
+            raise ValueError(f"{path} is damaged: {name!r} has two ids; {utils.REPLACE}")
+        flags = [key for key in ("lstrip", "rstrip", "single_word") if token.get(key)]
+        if not token["special"]:
+            added_tokens[name] = token_id
             if flags:
                 raise unsupported(path, f"{flags[0]} of the added token {name!r}", True, [False])
         elif not flags:  # else it is decoded, but never made from text
-            special_tokens[name] = vocabulary[name]
+            special_tokens[name] = token_id
+    check_vocabulary(vocabulary, merges, path, tokenizer.get("merges_path", path))
     bos_ids = configured_ids(os.path.dirname(path), "bos_token_id", len(vocabulary))
     eos_ids = configured_ids(os.path.dirname(path), "eos_token_id", len(vocabulary))
     start_ids = bos_ids or eos_ids
@@ -320,7 +320,7 @@ def encoder_from_tokenizer(tokenizer: Json, settings: Json, path: str) -> Encode
 def read_merge(merge: Any, path: str) -> tuple[str, str]:
     """Read a merge of a tokenizer.json: two tokens in a list or, in older files, in one text."""
     parts = merge.split(" ") if isinstance(merge, str) else merge
-    if len(parts) != 2 or not all(isinstance(part, str) and part for part in parts):
+    if len(parts) != 2:
         raise ValueError(f"{path} is damaged: {merge!r} is not a merge; {utils.REPLACE}")
     return parts[0], parts[1]
 

@@ -1162,7 +1162,10 @@ def progress_bar(*args: Any, **kwargs: Any) -> Any:
     if "ipykernel" not in sys.modules:
         from tqdm import tqdm
 
-        return tqdm(*args, disable=not is_terminal(sys.stderr), **kwargs)
+        class Bar(tqdm):
+            monitor_interval = 0  # tqdm's own thread is for bars that stand still; we need none
+
+        return Bar(*args, disable=not is_terminal(sys.stderr), **kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # without ipywidgets, tqdm warns and shows plain text
         from tqdm.auto import tqdm as notebook_tqdm

@@ -1,9 +1,10 @@
-"""Make tests/data/hugging_face: small models as transformers and tokenizers save them, and what these compute.
+"""Make tests/data/hugging_face: small models as transformers saves them, and what it computes.
 
     pip install torch transformers && python tests/make_hugging_face.py
 
-Each folder is a model with random weights. expected.npz holds transformers' logits and greedy ids, expected.json the
-ids that tokenizers gives for some difficult texts.
+Each folder is a model with random weights. expected.npz holds transformers' logits and greedy ids,
+expected.json the ids that tokenizers gives for some difficult texts. hugging_face_kinds.py lists
+edits of the folders; what transformers makes of them is stored as well.
 """
 
 import contextlib
@@ -23,15 +24,18 @@ LOGITS_STEP = 19  # only every 19th logit is stored: the greedy ids depend on al
 END = "<|endoftext|>"
 ROBERTA_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 TEXTS = [
-    *("", " ", "  ", "a", "the", " the", "  the", "the ", "the  ", "\n", "\n\n", " \n", "\n ", "\r\n\r\n"),
-    *("\t\tif x:\n\t\t\tpass\n", " \t \n \v \f ", "Hello, world!", "ROMEO:\nWhat light through yonder window breaks?"),
-    *("thou art the theme of the other", "I'm, you're, he'd, we'll, they've, it's, can't", "I'M YOU'RE HE'D"),
-    *("don''t 's 't'll", "’tis the ’s", "12345 3.14159 1,000,000 ²½Ⅷ ٣٤ x2y", "naïve rôle Ångström ﬁne", "Привет, мир"),
-    *("你好,世界", "שלום עולם", "e\u0301 z\u0327\u0308 \u0301", "🙂🙃 \U0001f469\u200d\U0001f467 🇩🇪", "ſ ß İ ı ǅ"),
-    *("\u00a0nbsp\u2003em\u3000wide\u2028line\u0085next", "\ufeffbom\u200bzero", "\x00\x01\x1b\x7f", "a\x1cb \x1f c"),
-    *("...!!!---", "a_b-c/d\\e", "<tag attr='x'>", "$x^2$ {}", "a" * 130, "th" * 90, " " * 70, "?!" * 60),
-    *("\U0010ffff\ue000", "\u0e17\u0e35\u0e48 \u0915\u094d\u0937"),
-]  # fmt: skip
+    *("", " ", "  ", "a", "the", " the", "  the", "the ", "the  ", "\n", "\n\n", " \n", "\n "),
+    *("\r\n\r\n", "\t\tif x:\n\t\t\tpass\n", " \t \n \v \f ", "Hello, world!"),
+    *("ROMEO:\nWhat light through yonder window breaks?", "thou art the theme of the other"),
+    *("I'm, you're, he'd, we'll, they've, it's, can't", "I'M YOU'RE HE'D", "don''t 's 't'll"),
+    *("’tis the ’s", "12345 3.14159 1,000,000 ²½Ⅷ ٣٤ x2y", "naïve rôle Ångström ﬁne"),
+    *("Привет, мир", "你好,世界", "שלום עולם", "e\u0301 z\u0327\u0308 \u0301"),
+    *("🙂🙃 \U0001f469\u200d\U0001f467 🇩🇪", "ſ ß İ ı ǅ"),
+    *("\u00a0nbsp\u2003em\u3000wide\u2028line\u0085next", "\ufeffbom\u200bzero"),
+    *("\x00\x01\x1b\x7f", "a\x1cb \x1f c", "...!!!---", "a_b-c/d\\e", "<tag attr='x'>"),
+    *("$x^2$ {}", "a" * 130, "th" * 90, " " * 70, "?!" * 60, "\U0010ffff\ue000"),
+    *("\u0e17\u0e35\u0e48 \u0915\u094d\u0937",),
+]
 
 
 # Vocabularies
@@ -69,7 +73,7 @@ def save_with_special_tokens_first(folder):
 
 
 def save_with_added_tokens(folder):
-    """As older versions of transformers do it: the tokens from 287 on are only in added_tokens.json."""
+    """As transformers 4 did it: the tokens from 287 on are only in added_tokens.json."""
     save_with_special_tokens_last(folder, 30)
     (folder / "added_tokens.json").write_text(json.dumps({"<sep>": 287, "<|user name|>": 288}))
 
@@ -127,7 +131,7 @@ def without_some_tokens(model, start):
 
 
 def results(model, n_tokens, seed):
-    """{name: array}: random ids over the full context, logits of these, and the greedy ids after the first four."""
+    """{name: array}: random ids, their logits, and the greedy ids after the first four."""
     import torch
 
     model = model.float()

@@ -1,4 +1,4 @@
-"""Make tests/data/look.npz: what transformers (torch, float32) computes inside a GPT-2, for test_look.py.
+"""Make tests/data/look.npz for test_look.py: what transformers (on torch) computes inside a GPT-2.
 
     pip install torch transformers && python tests/make_look_reference.py
 
@@ -12,19 +12,19 @@ from make_reference import torch_model
 
 
 def inside(hparams, ids):
-    """The attention weights [n_layer, n_head, n_seq, n_seq] and the logit lens [n_layer + 1, n_seq, n_vocab]."""
+    """Return the attention weights and the logit lens.
+
+    They are [n_layer, n_head, n_seq, n_seq] and [n_layer + 1, n_seq, n_vocab].
+    """
     model = torch_model(hparams, random_variables(hparams))
     model.set_attn_implementation("eager")  # the others do not return their weights
     with torch.no_grad():
         output = model(
             torch.from_numpy(ids)[None], output_attentions=True, output_hidden_states=True
         )
-        *states, last = (
-            output.hidden_states
-        )  # transformers has already applied ln_f to the last one
-        lens = [model.lm_head(model.transformer.ln_f(state)) for state in states] + [
-            model.lm_head(last)
-        ]
+        *states, last = output.hidden_states  # ln_f is already applied to the last one
+        lens = [model.lm_head(model.transformer.ln_f(state)) for state in states]
+        lens.append(model.lm_head(last))
     return torch.cat(output.attentions).numpy(), torch.cat(lens).numpy()
 
 

@@ -1,9 +1,9 @@
 """Hugging Face folders, intact and damaged, and checkpoints that load without TensorFlow.
 
-make_hugging_face.py made the folders in tests/data/hugging_face and the results of transformers and tokenizers.
+make_hugging_face.py made the folders in tests/data/hugging_face and the results of transformers
+and tokenizers.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -38,7 +38,7 @@ EXPECTED = json.loads((FOLDER / "expected.json").read_text())
 MODELS = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
 VOCABULARIES = sorted(EXPECTED["ids"])
 LOGITS_STEP = 19  # of make_hugging_face.py
-N_FLIPS = int(os.environ.get("NPGPT_FLIPS", 100))  # a long run by hand: 5000
+N_FLIPS = int(os.environ.get("NPGPT_FLIPS", 40))  # a long run by hand: 5000
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 C_FC = "transformer.h.1.mlp.c_fc.weight"
@@ -585,15 +585,11 @@ def test_absent_keys_have_the_defaults_of_gpt2config(model_dir):
     assert_one_line(model_dir, ValueError, "[50257, 768]")
 
 
-def test_the_old_name_of_n_positions(model_dir):
-    edit_json(
-        model_dir / "config.json", lambda config: config.update(n_ctx=config.pop("n_positions"))
-    )
-    assert load(model_dir)[1]["n_ctx"] == 64
-
-
-def test_n_positions_comes_before_n_ctx(model_dir):
-    edit_json(model_dir / "config.json", lambda config: config.update(n_ctx=32))
+@pytest.mark.parametrize(
+    "changes", [{"n_ctx": 64, "n_positions": REMOVE}, {"n_ctx": 32}], ids=["old", "both"]
+)
+def test_the_old_name_of_n_positions(model_dir, changes):
+    edit(model_dir, {"config.json": changes})
     assert load(model_dir)[1]["n_ctx"] == 64
 
 
@@ -644,15 +640,18 @@ def test_another_configuration_is_refused_with_its_value(model_dir, key, value):
         assert repr(value) in message
 
 
-DAMAGED_CONFIGS = {
+JUNK = {
     "empty": b"",
+    "spaces": b"   ",
     "html": b"<html>",
     "list": b"[]",
     "null": b"null",
     "number": b"1e400",
-    "cut": b'{"n_embd": 8',
+    "text": b'"text"',
+    "cut": b'{"n_embd": {"dtype": "F32", "sh',
     "two objects": b"{}{}",
     "not UTF-8": b'{"n_embd": "\xff"}',
+    "half a character": b'{"\xed\xa0\x80": 1}',
     "UTF-16": '{"n_embd": 8}'.encode("utf-16"),
     "deep nesting": b'{"a":' * 100_000,
     "long number": b'{"n_embd": ' + b"9" * 5000 + b"}",
@@ -661,10 +660,11 @@ DAMAGED_CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("content", DAMAGED_CONFIGS)
-def test_a_damaged_config(model_dir, content):
-    (model_dir / "config.json").write_bytes(DAMAGED_CONFIGS[content])
-    assert_one_line(model_dir, ValueError, "config.json")
+@pytest.mark.parametrize("content", JUNK)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "vocab.json"])
+def test_junk_in_place_of_json(model_dir, name, content):
+    (model_dir / name).write_bytes(JUNK[content])
+    assert_one_line(model_dir, ValueError, name)
 
 
 # Damage to the weights
@@ -680,130 +680,71 @@ def assert_one_line(model_dir, kind, *words):
     return message
 
 
-def change_offsets(*offsets):
-    return lambda header: header[C_FC].update(data_offsets=list(offsets))
-
-
-def move(begin, end):
-    def change(header):
-        old = header[C_FC]["data_offsets"]
-        header[C_FC]["data_offsets"] = [old[0] + begin, old[1] + end]
-
-    return change
-
-
-def put(**entry):
-    return lambda header: header[C_FC].update(entry)
-
-
-def rename(name):
-    return lambda header: header.update({name: header.pop(C_FC)})
-
-
 N = 1024  # bytes of C_FC, float32 [8, 32]
+MOVES = [  # of the two offsets
+    *((-4, -4), (0, 4), (4, 4), (10**6, 10**6), (2**62, 2**62), (2**64, 2**64), (0, 2**64)),
+    *((2**32, 2**32), (0, -N), (N, -N)),
+]
+VALUES = {
+    "data_offsets": [
+        *([-N, 0], [0, -N], [0.0, float(N)], [False, True], ["0", str(N)], [None, None]),
+        *(
+            [math.nan, math.nan],
+            [0, math.inf],
+            [[0], [N]],
+            [0],
+            [0, N, 2 * N],
+            [],
+            {"0": 1, "1": 2},
+        ),
+        *(None, REMOVE),
+    ],
+    "shape": [
+        *([32, 8], [256], [8, 31], [8, 33], [-8, -32], [8, 32 + 2**61], [10**30, 10**30], [0, 32]),
+        *([8.0, 32], [True, 256], [8, math.nan], "8,32", None, REMOVE, [1] * 1000 + [8, 32]),
+    ],
+    "dtype": ["F31", "F16", "I32", "F64", "", None, ["F32"], {}, "F32\n", REMOVE],
+}
+NAMES = [  # in place of C_FC
+    *("transformer.h.1.mlp.c_fc.Weight", "transformer.h.2.mlp.c_fc.weight", "transformer." + C_FC),
+    *("a\nb", "__metadata__"),
+]
 HEADER_FAULTS = {
-    "overlap": move(-4, -4),
-    "overlap at the end": move(0, 4),
-    "gap": move(4, 4),
-    "offsets of another tensor": lambda header: header[C_FC].update(
-        header["transformer.h.0.mlp.c_fc.weight"]
-    ),
-    "far outside": move(10**6, 10**6),
-    "far outside, huge": move(2**62, 2**62),
-    "wrapping around": move(2**64, 2**64),
-    "wrapping around at the end": move(0, 2**64),
-    "wrapping around 32 bits": move(2**32, 2**32),
-    "negative": change_offsets(-N, 0),
-    "negative end": change_offsets(0, -N),
-    "backwards": lambda header: header[C_FC]["data_offsets"].reverse(),
-    "empty": lambda header: header[C_FC].update(data_offsets=header[C_FC]["data_offsets"][:1] * 2),
-    "offsets of float": change_offsets(0.0, float(N)),
-    "offsets of bool": change_offsets(False, True),
-    "offsets of text": change_offsets("0", str(N)),
-    "offsets of null": change_offsets(None, None),
-    "offsets of NaN": change_offsets(math.nan, math.nan),
-    "offsets of infinity": change_offsets(0, math.inf),
-    "offsets of lists": change_offsets([0], [N]),
-    "one offset": change_offsets(0),
-    "three offsets": change_offsets(0, N, 2 * N),
-    "no offsets": change_offsets(),
-    "offsets missing": lambda header: header[C_FC].pop("data_offsets"),
-    "offsets are an object": put(data_offsets={"0": 1, "1": 2}),
-    "shape swapped": put(shape=[32, 8]),
-    "shape flat": put(shape=[256]),
-    "shape smaller": put(shape=[8, 31]),
-    "shape larger": put(shape=[8, 33]),
-    "shape negative": put(shape=[-8, -32]),
-    "shape wrapping around": put(shape=[8, 32 + 2**61]),
-    "shape huge": put(shape=[10**30, 10**30]),
-    "shape zero": put(shape=[0, 32]),
-    "shape of float": put(shape=[8.0, 32]),
-    "shape of bool": put(shape=[True, 256]),
-    "shape of NaN": put(shape=[8, math.nan]),
-    "shape of text": put(shape="8,32"),
-    "shape null": put(shape=None),
-    "shape missing": lambda header: header[C_FC].pop("shape"),
-    "shape with many axes": put(shape=[1] * 1000 + [8, 32]),
-    "type unknown": put(dtype="F31"),
-    "type of another size": put(dtype="F16"),
-    "type of integers": put(dtype="I32"),
-    "type F64": put(dtype="F64"),
-    "type empty": put(dtype=""),
-    "type null": put(dtype=None),
-    "type is a list": put(dtype=["F32"]),
-    "type is an object": put(dtype={}),
-    "type with a newline": put(dtype="F32\n"),
-    "type missing": lambda header: header[C_FC].pop("dtype"),
-    "entry null": lambda header: header.update({C_FC: None}),
-    "entry a list": lambda header: header.update({C_FC: [1, 2]}),
-    "entry a text": lambda header: header.update({C_FC: "data_offsets"}),
-    "tensor missing": lambda header: header.pop(C_FC),
-    "tensor of another name": rename("transformer.h.1.mlp.c_fc.Weight"),
-    "tensor of a third layer": rename("transformer.h.2.mlp.c_fc.weight"),
-    "prefix twice": rename("transformer." + C_FC),
-    "more layers": lambda header: header.update(
-        {"h.2.ln_1.weight": header.pop("transformer.h.1.ln_1.weight")}
-    ),
-    "name with a newline": rename("a\nb"),
-    "faulty entry of a name with a newline": lambda header: header.update(
-        {"a\nb": header[C_FC] | {"shape": [-1]}}
-    ),
-    "metadata is a tensor": rename("__metadata__"),
+    **{f"moved by {move}": {"move": move} for move in MOVES},
+    **{f"{key} {i}": {key: value} for key in VALUES for i, value in enumerate(VALUES[key])},
+    **{f"called {name!r}": {"name": name} for name in NAMES},
+    **{f"entry {i}": {"entry": entry} for i, entry in enumerate([None, [1, 2], "data_offsets"])},
+    "missing": {"entry": REMOVE},
+    "at another tensor": {"like": "transformer.h.0.mlp.c_fc.weight"},
 }
 
 
 @pytest.mark.parametrize("fault", HEADER_FAULTS)
 def test_a_faulty_header(model_dir, fault):
     header, data = read_safetensors(model_dir / WEIGHTS)
-    HEADER_FAULTS[fault](header)
+    entry = header.pop(C_FC)
+    change = dict(HEADER_FAULTS[fault])
+    begin, end = change.pop("move", (0, 0))
+    entry["data_offsets"] = [entry["data_offsets"][0] + begin, entry["data_offsets"][1] + end]
+    name = change.pop("name", C_FC)
+    if "entry" in change:
+        entry = change["entry"]
+    elif "like" in change:
+        entry = header[change["like"]]
+    else:
+        entry |= change
+        entry = {key: value for key, value in entry.items() if value != REMOVE}
+    if entry != REMOVE:
+        header[name] = entry
     write_safetensors(model_dir / WEIGHTS, header, data)
     assert_one_line(model_dir, ValueError)
 
 
-HEADERS = {
-    "empty": b"",
+HEADERS = JUNK | {
     "no tensors": b"{}",
-    "spaces": b"   ",
-    "list": b"[]",
-    "null": b"null",
-    "number": b"7",
-    "text": b'"text"',
-    "cut": b'{"transformer.wte.weight": {"dtype": "F32", "sh',
-    "not UTF-8": b'{"\xff\xfe": 1}',
-    "UTF-16": '{"a": 1}'.encode("utf-16"),
-    "UTF-8 of half a character": b'{"\xed\xa0\x80": 1}',
     "byte order mark": b"\xef\xbb\xbf{}",
-    "deep nesting": b"[" * 100_000,
-    "deep nesting of objects": b'{"a":' * 100_000,
-    "deep nesting of a shape": b'{"a": {"data_offsets": [0, 4], "shape": '
-    + b"[" * 900
-    + b"]" * 900
-    + b"}}",
-    "deep nesting of offsets": b'{"a": {"data_offsets": ' + b"[" * 900 + b"]" * 900 + b"}}",
-    "long number": b'{"a": {"dtype": "F32", "shape": ['
-    + b"9" * 5000
-    + b'], "data_offsets": [0, 4]}}',
-    "zeros": bytes(100),
+    "a deep shape": b'{"a": {"data_offsets": [0, 4], "shape": ' + b"[" * 900 + b"]" * 900 + b"}}",
+    "deep offsets": b'{"a": {"data_offsets": ' + b"[" * 900 + b"]" * 900 + b"}}",
 }
 
 
@@ -953,11 +894,11 @@ def test_no_cut_file_loads(model_dir):
 @pytest.mark.parametrize(
     ("model", "name", "right"),
     [
-        ("whole", "config.json", 20),
-        ("added_tokens", "added_tokens.json", 20),
+        ("whole", "config.json", N_FLIPS // 10),
+        ("added_tokens", "added_tokens.json", N_FLIPS // 10),
         ("special_tokens_first", "vocab.json", 0),
         ("special_tokens_first", "merges.txt", 0),
-        ("tokenizer_json", "tokenizer.json", 1),
+        ("tokenizer_json", "tokenizer.json", 0),
     ],
 )
 def test_damaged_json_and_merges_give_one_line(copy, model, name, right):
@@ -968,16 +909,16 @@ def test_damaged_json_and_merges_give_one_line(copy, model, name, right):
 
 
 @pytest.mark.parametrize(
-    ("model", "name", "right"),
+    ("model", "name"),
     [
-        ("whole", "vocab.json", 1),
-        ("whole", "merges.txt", 0),
-        ("special_tokens_first", "vocab.json", 1),
-        ("special_tokens_first", "merges.txt", 0),
-        ("tokenizer_json", "tokenizer.json", 1),
+        ("whole", "vocab.json"),
+        ("whole", "merges.txt"),
+        ("special_tokens_first", "vocab.json"),
+        ("special_tokens_first", "merges.txt"),
+        ("tokenizer_json", "tokenizer.json"),
     ],
 )
-def test_no_flipped_bit_in_a_vocabulary_gives_wrong_ids(copy, model, name, right):
+def test_no_flipped_bit_in_a_vocabulary_gives_wrong_ids(copy, model, name):
     model_dir, rng = copy(model), random.Random(name)
     intact = (model_dir / name).read_bytes()
 
@@ -988,7 +929,7 @@ def test_no_flipped_bit_in_a_vocabulary_gives_wrong_ids(copy, model, name, right
     # Without the newline after "#version: 0.2", transformers skips the first merge, too.
     head = b"#version: 0.2\n" if name == "merges.txt" else b""
     damaged = [head + rest for rest in flips(intact[len(head) :], N_FLIPS, rng)]
-    assert_refused_or_right(model_dir, name, damaged, right, has_ids)
+    assert_refused_or_right(model_dir, name, damaged, 0, has_ids)
 
 
 # Pickles
@@ -1002,13 +943,17 @@ class Malicious:
 OPENED = """
 import os, sys
 opened = []
-sys.addaudithook(lambda event, args: opened.append(os.path.basename(str(args[0]))) if event == "open" else None)
+def watch(event, args):
+    if event == "open":
+        opened.append(os.path.basename(str(args[0])))
+sys.addaudithook(watch)
 import utils
 try:
     utils.load_encoder_hparams_and_params(sys.argv[1], sys.argv[2])
 except FileNotFoundError as error:
     print(error)
-print("opened:", *sorted({"config.json", "pytorch_model.bin", "model.safetensors"}.intersection(opened)))
+names = {"config.json", "pytorch_model.bin", "model.safetensors"}
+print("opened:", *sorted(names.intersection(opened)))
 """
 
 
@@ -1054,9 +999,9 @@ def tiny(tmp_path):
 
 @pytest.fixture
 def known(tmp_path, monkeypatch):
-    """A checkpoint in OpenAI's layout whose SHA-256 is known, with the values of the folder `whole`. Not loaded yet.
+    """A checkpoint in OpenAI's layout whose SHA-256 is known, with the values of `whole`.
 
-    TensorFlow writes the variables sorted by name, one after another. Nothing but TensorFlow reads the index.
+    TensorFlow writes the variables sorted by name. Nothing but TensorFlow reads the index.
     """
     folder = tmp_path / "known"
     folder.mkdir()
@@ -1121,21 +1066,9 @@ def test_tensorflow_refuses_a_wrong_byte(tiny):
     assert not (tiny / RECORD).exists()
 
 
-RECORDS = {
-    "empty": b"",
-    "null": b"null",
-    "list": b"[]",
-    "object": b"{}",
-    "not UTF-8": b"\xff",
-    "deep nesting": b"[" * 100_000,
-    "long number": b"9" * 5000,
-    "zeros": bytes(100),
-}
-
-
-@pytest.mark.parametrize("content", RECORDS)
+@pytest.mark.parametrize("content", JUNK)
 def test_a_record_of_something_else_does_no_harm(known, no_tensorflow, content):
-    (known / RECORD).write_bytes(RECORDS[content])
+    (known / RECORD).write_bytes(JUNK[content])
     assert_params(load(known)[2], TENSORS)
 
 

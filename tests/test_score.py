@@ -10,6 +10,7 @@ import lzma
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -299,10 +300,10 @@ def test_a_file_that_is_no_text(run, tmp_path, kind):
 def test_lines_in_another_encoding(score_file, tmp_path):
     path = tmp_path / "texts.txt"
     utf_16 = "the\nrain\n".encode("utf-16-le")
-    path.write_bytes(b"the\n\xe9\nthe\0\n" + utf_16 + b"\nand")
+    path.write_bytes(b"the\n\xe9\nthe\0\n" + utf_16 + b"\nand" + b"\nthe" * 5)
     lines = score_file(path, status=1)
     errors = [line.get("error", "")[:13] for line in lines]
-    assert errors == ["", "invalid UTF-8", "", *["invalid UTF-8"] * 3, ""]
+    assert errors == ["", "invalid UTF-8", "", *["invalid UTF-8"] * 3, *[""] * 6]
     path.write_bytes(codecs.BOM_UTF16_LE + utf_16 + b"\x00\xd8" + utf_16 + b"\x00")
     lines = score_file(path, status=1)
     errors = [line.get("error", "")[:14] for line in lines]
@@ -504,7 +505,7 @@ N_TEXTS = 4500  # three windows of the input
 def corpus(models_dir, tmp_path_factory):
     """(path of an input of several windows, its undisturbed output)"""
     folder = tmp_path_factory.mktemp("corpus")
-    rows = [{"id": i, "text": text} for i, text in enumerate(random_texts(N_TEXTS - 1, 2, 6))]
+    rows = [{"id": i, "text": text} for i, text in enumerate(random_texts(N_TEXTS - 1, 2, 3))]
     rows[1000]["text"] = rows[4000]["text"] = "the " * 1000
     path = write_json_lines(folder / "texts.jsonl", rows)
     with open(path, "ab") as file:
@@ -534,11 +535,11 @@ def test_kills_at_random_points(models_dir, run, corpus, tmp_path, seed):
 
 
 @pytest.fixture
-def written(corpus, run, tmp_path):
+def written(corpus, tmp_path):
     """(path of the input, path of its output with a record), to be changed"""
-    path = shutil.copy(corpus[0], tmp_path / "texts.jsonl")
-    run(path, "--output", tmp_path / "scores.jsonl")
-    return path, tmp_path / "scores.jsonl"
+    for name in ("scores.jsonl", "scores.jsonl.run"):
+        shutil.copy(corpus[0].with_name(name), tmp_path)
+    return shutil.copy(corpus[0], tmp_path / "texts.jsonl"), tmp_path / "scores.jsonl"
 
 
 @pytest.mark.parametrize("has_record", [True, False])
@@ -773,85 +774,93 @@ def free_address():
         return f"tcp://127.0.0.1:{free.getsockname()[1]}"
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/cwd"), reason="each worker has its folder there")
-def test_workers_come_and_go(models_dir, run, corpus, tmp_path):
-    """One worker is killed, one joins late, one holds another model, the scheduler is restarted.
+class Cluster:
+    """A scheduler and workers that belong to the test, and score.py on them.
 
-    The test writes the input piece by piece, so that all this happens in the middle.
+    The models_dir is the current folder of a process, so that each worker may have its own.
     """
+
+    def __init__(self, folder, output, processes):
+        self.folder = folder
+        self.output = output
+        self.processes = processes
+        self.address = free_address()
+
+    def scheduler(self):
+        process = dask_process("scheduler", "--host", self.address, cwd=self.folder)
+        return self.processes.enter_context(process)
+
+    def worker(self, folder=None, n_threads=1):
+        options = ["--no-nanny", "--nthreads", str(n_threads)]
+        process = dask_process("worker", self.address, *options, cwd=folder or self.folder)
+        return self.processes.enter_context(process)
+
+    def score_stdin(self):
+        options = ["--output", self.output, "--scheduler", self.address]
+        pipe = {"stdin": subprocess.PIPE, "cwd": self.folder}
+        process = start("/proc/self/cwd", "-", *options, **pipe)
+        return self.processes.enter_context(killed_at_the_end(process))
+
+
+@pytest.fixture
+def cluster(models_dir, tmp_path):
     pytest.importorskip("distributed", reason=WITHOUT_DISTRIBUTED)
+    if not os.path.exists("/proc/self/cwd"):
+        pytest.skip("needs /proc")
+    with contextlib.ExitStack() as processes:
+        yield Cluster(models_dir, tmp_path / "scores.jsonl", processes)
+
+
+def assert_ended(process, *words, content=None):
+    _, stderr = process.communicate(content, timeout=100)
+    last = stderr.decode().splitlines()[-1]
+    assert process.returncode == 1
+    assert last.startswith("score.py: ")
+    assert all(word in last for word in words), stderr
+
+
+def test_workers_with_another_model_or_more_threads(models_dir, corpus, cluster, tmp_path):
     path, whole = corpus
-    lines = path.read_bytes().splitlines(keepends=True)
-    output = tmp_path / "scores.jsonl"
     (tmp_path / "wrong").mkdir()
     shutil.copytree(models_dir / "twin", tmp_path / "wrong" / "small")
-    address = free_address()
-    scheduler_options = ["--host", address]
-    worker_options = [address, "--no-nanny", "--nthreads", "1"]
-    options = ["--output", output, "--scheduler", address]
-    with contextlib.ExitStack() as processes:
-
-        def begin(program, *arguments, cwd=models_dir):
-            return processes.enter_context(dask_process(program, *arguments, cwd=cwd))
-
-        def score_stdin():
-            process = start("/proc/self/cwd", "-", *options, cwd=models_dir, stdin=subprocess.PIPE)
-            return processes.enter_context(killed_at_the_end(process))
-
-        scheduler = begin("scheduler", *scheduler_options)
-        first = begin("worker", *worker_options)
-        process = score_stdin()
-        process.stdin.write(b"".join(lines[:2500]))
-        process.stdin.flush()
-        wait_for(lambda: size(output))
-        begin("worker", *worker_options)
-        first.kill()
-        process.stdin.write(b"".join(lines[2500:4200]))
-        process.stdin.flush()
-        n_bytes = len(b"".join(whole.splitlines(keepends=True)[:2048]))
-        wait_for(lambda: size(output) >= n_bytes)
-        scheduler.kill()
-        process.stdin.write(b"".join(lines[4200:]))
-        _, stderr = process.communicate(timeout=60)
-        assert process.returncode == 1
-        assert stderr.decode().splitlines()[-1] == "score.py: no connection to the Dask scheduler"
-
-        scheduler = begin("scheduler", *scheduler_options)
-        wrong = begin("worker", *worker_options, "--name", "wrong", cwd=tmp_path / "wrong")
-        process = score_stdin()
-        _, stderr = process.communicate(path.read_bytes(), timeout=60)
-        assert process.returncode == 1
-        last = stderr.decode().splitlines()[-1]
-        assert "worker tcp://127.0.0.1:" in last
-        assert "another model" in last
-        wrong.kill()
-        assert whole.startswith(output.read_bytes())
-        assert size(output) < len(whole)
-
-        begin("worker", *worker_options)
-        process = score_stdin()
-        _, stderr = process.communicate(path.read_bytes(), timeout=60)
-    assert stderr.decode().splitlines()[-1] == "score.py: 1 of 4500 texts could not be scored"
-    assert output.read_bytes() == whole
+    cluster.scheduler()
+    wrong = cluster.worker(tmp_path / "wrong")
+    process = cluster.score_stdin()
+    assert_ended(process, "worker tcp://", "another model", content=path.read_bytes())
+    assert size(cluster.output) == 0
+    wrong.kill()
+    cluster.worker(n_threads=2)  # and its BLAS would use two threads for each of them
+    process = cluster.score_stdin()
+    assert_ended(process, "1 of 4500 texts could not be scored", content=path.read_bytes())
+    assert cluster.output.read_bytes() == whole
 
 
 @pytest.mark.slow
-def test_a_worker_with_more_blas_threads_gives_the_same_bytes(models_dir, corpus, tmp_path):
-    """The workers run in another folder. One has two threads of its own."""
-    pytest.importorskip("distributed", reason=WITHOUT_DISTRIBUTED)
+def test_workers_and_schedulers_come_and_go(corpus, cluster):
+    """The test writes the input piece by piece, so that all this happens in the middle."""
     path, whole = corpus
-    output = tmp_path / "scores.jsonl"
-    address = free_address()
-    with (
-        dask_process("scheduler", "--host", address, cwd=tmp_path),
-        dask_process("worker", address, "--no-nanny", "--nthreads", "2", cwd=tmp_path),
-        killed_at_the_end(
-            start(models_dir, path, "--output", output, "--scheduler", address)
-        ) as process,
-    ):
-        _, stderr = process.communicate(timeout=60)
-    assert stderr.decode().splitlines()[-1] == "score.py: 1 of 4500 texts could not be scored"
-    assert output.read_bytes() == whole
+    lines = path.read_bytes().splitlines(keepends=True)
+    scheduler = cluster.scheduler()
+    first = cluster.worker()
+    process = cluster.score_stdin()
+    process.stdin.write(b"".join(lines[:2500]))
+    process.stdin.flush()
+    wait_for(lambda: size(cluster.output))
+    cluster.worker()
+    first.kill()
+    process.stdin.write(b"".join(lines[2500:4200]))
+    process.stdin.flush()
+    n_bytes = len(b"".join(whole.splitlines(keepends=True)[:2048]))
+    wait_for(lambda: size(cluster.output) >= n_bytes)
+    scheduler.kill()
+    process.stdin.write(b"".join(lines[4200:]))
+    assert_ended(process, "no connection to the Dask scheduler")
+    assert n_bytes <= size(cluster.output) < len(whole)
+    cluster.scheduler()
+    cluster.worker()
+    process = cluster.score_stdin()
+    assert_ended(process, "1 of 4500 texts could not be scored", content=path.read_bytes())
+    assert cluster.output.read_bytes() == whole
 
 
 @pytest.mark.slow
@@ -908,6 +917,30 @@ def test_memory_stays_flat(models_dir, tmp_path):
         assert len(output.read_bytes().splitlines()) == n_lines
         peaks.append(peak)
     assert peaks[1] < peaks[0] + 20_000_000
+
+
+# The manual
+
+README_BLOCKS = re.findall(
+    r"^```(sh|python)\n(.*?)^```\n\n```\n(.*?)^```",
+    (ROOT / "examples" / "README.md").read_text(encoding="utf-8"),
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@pytest.mark.parametrize(("language", "code", "shown"), README_BLOCKS)
+def test_the_readme_shows_what_is_printed(tmp_path, language, code, shown):
+    for name in ("gpt2.py", "encoder.py", "utils.py", "examples", "models"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    program = ["sh", "-c", code.replace(".venv/bin/python", sys.executable)]
+    if language == "python":
+        program = [sys.executable, "-c", code]
+    printed = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert printed.stderr == ""
+    number = r"\d+\.\d+(?:e-\d+)?"
+    assert re.split(number, printed.stdout) == re.split(number, shown)
+    numbers = [list(map(float, re.findall(number, text))) for text in (printed.stdout, shown)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-3)
 
 
 # The terminal

@@ -111,13 +111,6 @@ def watched(params, watcher):
     return params | {"blocks": [first, *others]}
 
 
-only_one_thread_sets_blas = pytest.mark.xfail(
-    hasattr(BLAS.lib_controllers[0], "clear_controlling_thread"),
-    reason="threadpoolctl 3.8 ignores every thread but the first one that has set BLAS's threads",
-    strict=True,
-)
-
-
 # How many threads there are, and the results
 
 
@@ -193,7 +186,6 @@ def call_at_once(params, n_callers, context=gpt2.own_threads):
         return list(pool.map(call, range(129 - n_callers, 129)))
 
 
-@only_one_thread_sets_blas
 def test_callers_in_a_pool_get_the_bits_of_one_caller(params, exact):
     for logits in call_at_once(params, 6):
         n = len(logits)
@@ -201,7 +193,6 @@ def test_callers_in_a_pool_get_the_bits_of_one_caller(params, exact):
         np.testing.assert_array_equal(logits, logits_of(n, params))
 
 
-@only_one_thread_sets_blas
 def test_one_blas_thread_in_several_callers_gives_the_bits_of_one_caller(params, exact):
     for logits in call_at_once(params, 6, gpt2.one_blas_thread):
         n = len(logits)
@@ -220,7 +211,6 @@ def test_one_blas_thread_is_one_thread(params):
     assert watcher.blas == {1}
 
 
-@only_one_thread_sets_blas
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
 def test_the_last_caller_to_leave_restores_blas(params, exact, order):
     """The callers enter in the order 0, 1, 2, and leave in this one."""
@@ -261,7 +251,6 @@ def test_the_callers_errstate_holds_in_all_threads(params):
         logits_of(129, watched(params, broken))
 
 
-@pytest.mark.xfail(reason="other threads do not get the function of np.seterrcall", strict=True)
 def test_the_callers_error_function_is_called_in_all_threads(params):
     kinds = []
     overflow = Watcher(3, then=lambda x: np.exp(x + np.float32(1000)))
@@ -374,7 +363,6 @@ assert n_system_threads() == n_before
 """)
 
 
-@pytest.mark.xfail(reason="tqdm starts a thread, even for a bar that is not shown", strict=True)
 def test_generate_starts_no_thread():
     run_program(f"""
 gpt2.generate(ids[:10].tolist(), params, {N_HEAD}, 1)
@@ -474,7 +462,6 @@ assert is_exact(results[0])
 
 
 @needs_fork
-@pytest.mark.xfail(reason="a fork inside one_blas_thread gives BLAS its threads back", strict=True)
 def test_a_fork_inside_one_blas_thread():
     run_program(f"""{IN_CHILD}
 with gpt2.one_blas_thread():
@@ -482,7 +469,6 @@ with gpt2.one_blas_thread():
 """)
 
 
-@pytest.mark.xfail(reason="a pool starts no work after the main thread has ended", strict=True)
 @pytest.mark.parametrize("first", ["", "logits_of()"])
 def test_a_thread_that_goes_on_after_the_main_thread(first):
     text = f"""
@@ -496,7 +482,6 @@ threading.Thread(target=call).start()
     assert run_program(text) == "True\n"
 
 
-@pytest.mark.xfail(reason="the call fails, though it could do all the work itself", strict=True)
 def test_when_no_thread_can_be_started():
     run_program("""
 def fail(self):
@@ -509,9 +494,6 @@ assert is_exact(logits_of())
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there is no timer here")
-@pytest.mark.xfail(
-    reason="Ctrl-C inside ThreadPoolExecutor.submit leaves a lock locked", strict=False
-)
 def test_ctrl_c_at_3000_random_moments():
     """Nothing hangs, and BLAS's threads are restored each time."""
     run_program("""
