@@ -34,7 +34,7 @@ ATTENTION_ROWS = 128  # queries per block: large products, but most future keys 
 FEW_ROWS = 64  # with fewer rows than this, (w.T @ x.T).T is faster than x @ w in OpenBLAS
 PROMPT_ROWS = 64  # a call with at least as many rows has threads of its own; see "Threads"
 COLUMNS = 384  # of a product at a time, at most: wide enough to be fast, and several per thread
-LOGITS = 1 << 20  # per block in target_log_probs: 4 MB
+LOGITS = 1 << 20  # at a time in score_targets: 4 MB
 
 # glibc returns freed memory to the system, and new pages must be zeroed again. Freeing one large
 # block first raises its threshold, so later temporaries are reused: a prompt takes 8% less time.
@@ -796,6 +796,7 @@ def _stream_rows(
 # Scoring
 
 
+@with_own_threads
 def log_probs(ids: Iterable[int], params: dict, n_head: int) -> Array:
     """The natural log-probability of each token id but the first, given those before it.
 
@@ -815,44 +816,47 @@ def log_probs(ids: Iterable[int], params: dict, n_head: int) -> Array:
     while n_scored < len(ids):
         window = ids[start : start + n_window]
         targets = ids[n_scored : start + n_window]
-        parts.append(target_log_probs(window[:-1], targets, params, n_head))
+        states = final_states(window[:-1], **params, n_head=n_head, n_out=len(targets))
+        parts.append(score_targets(states, targets, params["wte"]).log_probs)
         n_scored += len(targets)
         start += max(n_ctx // 2, 1)
     return np.concatenate(parts)
 
 
-@with_own_threads
-def target_log_probs(inputs: Any, targets: Any, params: dict, n_head: int) -> Array:
-    """The natural log-probability of each target after the inputs up to its position.
+class Scores(NamedTuple):
+    """How well the model predicted each target."""
 
-    inputs: token ids [..., n_seq]. targets: the ids that follow the last n_out of them,
-    [..., n_out]. Returns float32 [..., n_out]. The vocabulary is computed in blocks, so the logits
-    need little memory. Raises what `gpt2` raises.
+    log_probs: Array  # float32, natural logarithms
+    is_likeliest: Array  # bool: whether no token is more likely
+
+
+@np.errstate(under="ignore")
+def score_targets(states: Array, targets: Array, wte: Array) -> Scores:
+    """Score targets [n], given the final states [n, n_embd] of the positions before them.
+
+    log(softmax(logits)) is logits - log(sum(exp(logits))). The sum goes over the vocabulary in
+    blocks, so only some of the logits are in memory at a time.
     """
-    wte = params["wte"]
-    targets = check_ids(targets, len(wte))
-    states = final_states(inputs, **params, n_head=n_head, n_out=targets.shape[-1])
-    states = states.reshape(targets.size, -1)
-    ids = targets.reshape(-1)
-    size = max(1, LOGITS // len(ids))  # tokens of the vocabulary per block
+    size = max(1, LOGITS // len(targets))  # tokens of the vocabulary per block
     n_blocks = math.ceil(len(wte) / size)
-    chosen = np.empty(len(ids), np.float32)
-    largest = np.empty((n_blocks, len(ids)), np.float32)
-    sums = np.empty((n_blocks, len(ids)), np.float32)
+    chosen = np.empty(len(targets), np.float32)  # the logits of the targets
+    maxima = np.empty((n_blocks, len(targets)), np.float32)
+    sums = np.empty((n_blocks, len(targets)), np.float32)  # of exp(logits - maximum)
 
     def score(start, end):
         logits = states @ wte[start:end].T
-        rows = np.flatnonzero((ids >= start) & (ids < end))
-        chosen[rows] = logits[rows, ids[rows] - start]
-        maxima = logits.max(axis=-1, keepdims=True)
-        logits -= maxima
-        largest[start // size] = maxima[:, 0]
-        sums[start // size] = np.exp(logits, out=logits).sum(axis=-1)
+        rows = np.flatnonzero((targets >= start) & (targets < end))
+        chosen[rows] = logits[rows, targets[rows] - start]
+        maximum = logits.max(axis=-1)
+        logits -= maximum[:, None]
+        block = start // size
+        maxima[block] = maximum
+        sums[block] = np.exp(logits, out=logits).sum(axis=-1)
 
     for_blocks(score, len(wte), size)
-    maxima = largest.max(axis=0)
-    total = (sums * np.exp(largest - maxima)).sum(axis=0)
-    return (chosen - maxima - np.log(total)).reshape(targets.shape)
+    largest = maxima.max(axis=0)
+    total = (sums * np.exp(maxima - largest)).sum(axis=0)
+    return Scores(chosen - largest - np.log(total), chosen == largest)
 
 
 @np.errstate(under="ignore")

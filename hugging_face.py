@@ -6,7 +6,9 @@ message that names the setting. The weights lie in the file as NumPy needs them,
 are memory-mapped, not copied. The format: https://huggingface.co/docs/safetensors
 """
 
+import json
 import math
+import mmap
 import os
 import re
 from typing import Any
@@ -54,6 +56,13 @@ TOKENIZER_SETTINGS: dict[str, list] = {  # of tokenizer.json. None means that a 
     "model.continuing_subword_prefix": [None, ""],
     "model.end_of_word_suffix": [None, ""],
 }
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),  # the upper half of a float32
+}
+MASKS = (".attn.bias", ".attn.masked_bias")  # stored by old versions; not parameters
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
 MAX_PADDING = 127  # more rows than tokens than this look like a mistake
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -122,7 +131,7 @@ def check_config(config: Json, path: str) -> None:
             raise unsupported(path, key, value, values)
     eps = config["layer_norm_epsilon"]
     if type(eps) is not float or not 0 <= eps < math.inf:
-        raise unsupported(path, "layer_norm_epsilon", eps, [1e-5, "another float"])
+        raise ValueError(f"{path}: layer_norm_epsilon must be a float, 0 or more, got {eps!r}")
     utils.check_sizes({key: config[key] for key in SIZES}, path)
     if config["n_inner"] is not None:
         utils.check_size("n_inner", config["n_inner"], path)
@@ -159,7 +168,7 @@ def read_variables(model_dir: str, config: Json, hparams: Json) -> dict[str, np.
     """Read GPT-2's variables -> {our name: float32 array}."""
     tensors: dict[str, np.ndarray] = {}
     for path in weight_files(model_dir):
-        for name, array in utils.read_safetensors(path).items():
+        for name, array in read_safetensors(path).items():
             name = name.removeprefix("transformer.")  # which some files have, and others have not
             if name in tensors:
                 raise ValueError(f"{path}: the tensor {name} occurs twice in {model_dir}")
@@ -203,6 +212,57 @@ def their_name(name: str) -> str:
     if name.endswith(".b"):
         return name.removesuffix("b") + "bias"
     return re.sub(r"\.[wg]$", "", name) + ".weight"
+
+
+def read_safetensors(path: str) -> dict[str, np.ndarray]:
+    """Read a file -> {name: float32 array}.
+
+    A file is 8 bytes with the length of the header, the header in JSON, and the data.
+    """
+    utils.refuse_pointer(path)
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        try:
+            if start > MAX_HEADER_BYTES:
+                raise ValueError(f"its header cannot have {start - 8} bytes")
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            header = json.loads(content[8:start].decode("utf-8"))
+            header.pop("__metadata__", None)
+            return read_tensors(header, memoryview(content)[start:])
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+            problem = f"is damaged or not supported: {type(error).__name__}: {error}"
+        except RecursionError:
+            problem = "is damaged: its header is nested too deeply"
+    raise ValueError(f"{path} {problem}; {utils.REPLACE}")
+
+
+def read_tensors(header: Json, data: memoryview) -> dict[str, np.ndarray]:
+    """Return the tensors that a header describes.
+
+    Raises ValueError unless they fill the data exactly, one after another.
+    """
+    tensors = {}
+    position = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if begin != position:
+            raise ValueError(f"a gap or an overlap at {name!r}")
+        if not name.endswith(MASKS):
+            tensors[name] = to_array(data[begin:end], entry["dtype"], entry["shape"])
+        position = end
+    if position != len(data):
+        raise ValueError("the tensors end elsewhere than the file")
+    return tensors
+
+
+def to_array(data: memoryview, dtype: str, shape: list[int]) -> np.ndarray:
+    """Return a tensor as a float32 array, mapped if it is stored as aligned float32."""
+    if dtype not in list(DTYPES):
+        raise ValueError(f"type {dtype!r} is not one of {', '.join(DTYPES)}")
+    array = np.frombuffer(data, DTYPES[dtype]).reshape(shape)
+    if dtype == "BF16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return np.require(array, np.float32, "A")
 
 
 # The vocabulary
@@ -370,7 +430,7 @@ def first_tokens(tokenizer: Json, path: str) -> list[str]:
         raise unsupported(path, "post_processor.type", kind, ["TemplateProcessing"])
     template = processor["single"]
     if "Sequence" not in template[-1]:
-        raise unsupported(path, "post_processor.single", template, ["tokens before the text"])
+        raise ValueError(f"{path}: post_processor.single adds tokens after the text: {template!r}")
     return [piece["SpecialToken"]["id"] for piece in template[:-1]]
 
 

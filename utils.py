@@ -85,13 +85,6 @@ HUB_FILES = [  # of a model on the Hub, without its weights
     "merges.txt",
     "model.safetensors.index.json",
 ]
-DTYPES: dict[str, np.dtype] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),  # the upper half of a float32
-}
-MASKS = (".attn.bias", ".attn.masked_bias")  # stored by old versions; not parameters
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
 MAX_SIZE = 1_000_000  # no size in hparams.json may be larger
 MODEL_SIZES = {
     "124M": Sizes(n_vocab=50257, n_ctx=1024, n_embd=768, n_head=12, n_layer=12),
@@ -754,7 +747,8 @@ def refuse_pointer(path: str) -> None:
     """Raise ValueError if a file is only Git LFS's pointer to it, and OSError if it is missing."""
     with open(path, "rb") as file:
         if file.read(100).startswith(GIT_LFS_POINTER.encode()):
-            raise ValueError(f"{path} is a Git LFS pointer; get the file itself with: git lfs pull")
+            pointer = "is a Git LFS pointer, not the file itself"
+            raise ValueError(f"{path} {pointer}; fetch the file with `git lfs pull`")
 
 
 def read_record(tf_ckpt_path: str) -> object:
@@ -901,60 +895,6 @@ def plain_path(path: str) -> Iterator[str]:
         for file in glob.glob(glob.escape(path) + ".*"):
             os.symlink(os.path.abspath(file), os.path.join(folder, "model" + file[len(path) :]))
         yield os.path.join(folder, "model")
-
-
-# safetensors
-
-
-def read_safetensors(path: str) -> dict[str, np.ndarray]:
-    """Read a file -> {name: float32 array}.
-
-    A file is 8 bytes with the length of the header, the header in JSON, and the data.
-    """
-    refuse_pointer(path)
-    with open(path, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        try:
-            if start > MAX_HEADER_BYTES:
-                raise ValueError(f"its header cannot have {start - 8} bytes")
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            header = json.loads(content[8:start].decode("utf-8"))
-            header.pop("__metadata__", None)
-            return read_tensors(header, memoryview(content)[start:])
-        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-            problem = f"is damaged or not supported: {type(error).__name__}: {error}"
-        except RecursionError:
-            problem = "is damaged: its header is nested too deeply"
-    raise ValueError(f"{path} {problem}; {REPLACE}")
-
-
-def read_tensors(header: dict[str, Any], data: memoryview) -> dict[str, np.ndarray]:
-    """Return the tensors that a header describes.
-
-    Raises ValueError unless they fill the data exactly, one after another.
-    """
-    tensors = {}
-    position = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = entry["data_offsets"]
-        if begin != position:
-            raise ValueError(f"a gap or an overlap at {name!r}")
-        if not name.endswith(MASKS):
-            tensors[name] = to_array(data[begin:end], entry["dtype"], entry["shape"])
-        position = end
-    if position != len(data):
-        raise ValueError("the tensors end elsewhere than the file")
-    return tensors
-
-
-def to_array(data: memoryview, dtype: str, shape: list[int]) -> np.ndarray:
-    """Return a tensor as a float32 array, mapped if it is stored as aligned float32."""
-    if dtype not in list(DTYPES):
-        raise ValueError(f"type {dtype!r} is not one of {', '.join(DTYPES)}")
-    array = np.frombuffer(data, DTYPES[dtype]).reshape(shape)
-    if dtype == "BF16":
-        array = (array.astype(np.uint32) << 16).view(np.float32)
-    return np.require(array, np.float32, "A")
 
 
 # The Hugging Face Hub

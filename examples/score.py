@@ -50,7 +50,6 @@ from utils import (
 )
 
 BATCH_TOKENS = 512  # padding included: fewer are slower, more need more memory and are no faster
-VOCABULARY_PART = 4096  # tokens at a time: their logits stay in the CPU's cache
 WINDOW_LINES = 2048  # texts are sorted by length within so many lines of the input
 WINDOW_BYTES = 1 << 18  # or within so many bytes, if that is less
 HEAD_BYTES = 1 << 16  # the beginning of the input, which shows its format
@@ -547,32 +546,13 @@ def score(batch: Batch) -> Scores:
             targets += ids[len(ids) - n_targets :]
             target_states.append(row[len(ids) - 1 - n_targets : len(ids) - 1])
         wte = model.params["wte"]
-        scores = score_targets(np.concatenate(target_states), np.array(targets), wte)
+        found = gpt2.score_targets(np.concatenate(target_states), np.array(targets), wte)
+    scores = Scores(-found.log_probs, found.is_likeliest)
     if not np.isfinite(scores.nats).all():
         raise ValueError("the logits are not finite: the parameters are damaged")
     if model.files != weight_files(os.path.join(batch.models_dir, batch.model_size)):
         raise ValueError(f"the files of {batch.model_size} were changed during the run")
     return scores
-
-
-def score_targets(states: np.ndarray, targets: np.ndarray, wte: np.ndarray) -> Scores:
-    """Score targets [n], given the final states [n, n_embd] of the positions before them.
-
-    A part of the vocabulary at a time: `total` is the sum of exp(logits - largest) so far.
-    """
-    chosen = np.empty(len(targets), np.float32)  # the logits of the targets
-    largest = np.full(len(targets), -np.inf, np.float32)
-    total = np.zeros(len(targets), np.float32)
-    for start in range(0, len(wte), VOCABULARY_PART):
-        logits = states @ wte[start : start + VOCABULARY_PART].T
-        rows = np.flatnonzero((targets >= start) & (targets < start + VOCABULARY_PART))
-        chosen[rows] = logits[rows, targets[rows] - start]
-        new_largest = np.maximum(largest, logits.max(axis=-1))
-        logits -= new_largest[:, None]
-        total *= np.exp(largest - new_largest)
-        total += np.exp(logits, out=logits).sum(axis=-1)
-        largest = new_largest
-    return Scores(largest + np.log(total) - chosen, chosen == largest)
 
 
 def set_scores(rows: list[Row], scores: Scores) -> None:
