@@ -42,16 +42,26 @@ def read_blocks(text):
 BLOCKS = read_blocks(README)
 SHELL = [(code.rstrip("\n"), shown) for language, code, shown in BLOCKS if language == "sh"]
 PYTHON = [(code, shown) for language, code, shown in BLOCKS if language == "python"]
-COMMANDS = [command for line, _ in SHELL for command in line.split(" && ")]
 PACKAGES = "numpy requests tqdm regex fire threadpoolctl"
+PROGRAM = r"(?:(?:echo|printf) .* \| )?python ((?:gpt2|examples/\w+)\.py) (.*)"
 
 
-def is_program(command):
-    return re.match(r"(?:(?:echo|printf) .* \| )?python (?:gpt2|examples/\w+)\.py ", command)
+def split_programs():
+    """Split the lines into commands -> the commands to run, with what they show, and the others."""
+    run = []
+    others = []
+    for line, shown in SHELL:
+        for command in line.split(" && "):
+            if not re.match(PROGRAM, command):
+                continue
+            if "--model_size tiny" in command:
+                run.append((command, shown))
+            else:
+                others.append(command)
+    return run, others
 
 
-def is_run(command):
-    return "--model_size tiny" in command
+RUN, OTHERS = split_programs()
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +96,6 @@ def assert_prints(output, shown):
     assert list(map(float, re.findall(number, output))) == pytest.approx(expected, rel=1e-4)
 
 
-RUN = [
-    (command, shown)
-    for line, shown in SHELL
-    for command in line.split(" && ")
-    if is_program(command) and is_run(command)
-]
-
-
 @pytest.mark.parametrize(("command", "shown"), RUN)
 def test_commands_print_what_is_shown(clone, command, shown):
     result = subprocess.run(
@@ -109,9 +111,10 @@ def test_commands_run_each_program_but_train():
     assert programs == {"gpt2.py", "look.py", "score.py"}
 
 
-@pytest.mark.parametrize("command", filter(is_program, COMMANDS))
+@pytest.mark.parametrize("command", [command for command, _ in RUN] + OTHERS)
 def test_options_of_commands_exist(command):
-    program, *words = shlex.split(command.partition("| ")[2] or command)[1:]
+    program, arguments = re.match(PROGRAM, command).groups()
+    words = shlex.split(arguments)
     if program == "gpt2.py":
         arguments = gpt2.parse_arguments(words)
         assert set(arguments.positional) == {"prompt"}
@@ -131,13 +134,12 @@ def test_snippets_print_what_is_shown(clone, snippet, shown):
 
 
 def test_commands_that_are_not_run():
-    others = [command for command in COMMANDS if is_program(command) and not is_run(command)]
-    for command in others:
+    for command in OTHERS:
         assert re.search(r"Alan Turing|openai-community/|microsoft/|train\.py", command)
     (shown,) = [shown for line, shown in SHELL if "Alan Turing" in line]
     model_size, prompt, n_tokens, answer = ANSWERS[0]
     assert (model_size, n_tokens) == ("124M", 40)
-    assert f'python gpt2.py "{prompt}"' in others
+    assert f'python gpt2.py "{prompt}"' in OTHERS
     assert shown == answer
 
 
