@@ -413,6 +413,19 @@ def test_fields(score_file, run, encode, tmp_path):
     assert error == {"error": 'no field "nats"'}
 
 
+def test_a_character_that_the_vocabulary_lacks(score_file, tmp_path):
+    write_folder(tmp_path / "small")
+    vocabulary = tmp_path / "small" / "vocab.json"
+    tokens = json.loads(vocabulary.read_text())
+    tokens["zzz"] = tokens.pop("z")
+    vocabulary.write_text(json.dumps(tokens))
+    path = tmp_path / "texts.txt"
+    path.write_text("the\nzoo\nand\n")
+    first, second, third = score_file(path, status=1, models_dir=tmp_path)
+    assert "'z'" in second["error"]
+    assert set(first) == set(third) == FIGURES
+
+
 def test_an_empty_input(score_file, tmp_path):
     (tmp_path / "texts.jsonl").touch()
     assert score_file(tmp_path / "texts.jsonl") == []
@@ -881,12 +894,10 @@ def test_a_local_cluster_whose_workers_are_killed(models_dir, corpus, tmp_path):
         return False
 
     with killed_at_the_end(start(models_dir, *options, stdin=subprocess.PIPE)) as process:
-        for part in (lines[:2500], lines[2500:4300]):
-            before = size(output)
-            process.stdin.write(b"".join(part))
-            process.stdin.flush()
-            wait_for(lambda before=before: size(output) > before)
-            wait_for(lambda: kill_a_worker(process))
+        process.stdin.write(b"".join(lines[:4300]))
+        process.stdin.flush()
+        wait_for(lambda: size(output))
+        wait_for(lambda: kill_a_worker(process))
         _, stderr = process.communicate(b"".join(lines[4300:]), timeout=100)
     assert (process.returncode, stderr) == (1, b"score.py: 1 of 4500 texts could not be scored\n")
     assert output.read_bytes() == whole
