@@ -268,14 +268,14 @@ def is_text(line: bytes, encoding: str) -> bool:
 
 def decode(line: bytes, encoding: str) -> str:
     """Decode a line and remove its end. Raises ValueError with a reason."""
-    name = encoding[:6].upper()
+    name = encoding[:6].upper()  # without the order of the bytes
     try:
         text = line.decode(encoding)
     except UnicodeDecodeError as error:
-        reason = f"invalid {name.rstrip('-')}: {error.reason} at byte {error.start}"
+        reason = f"invalid {name}: {error.reason} at byte {error.start}"
         raise ValueError(reason) from None
     if text.count("\0") > 0.4 * len(text):  # UTF-16 without a mark is valid UTF-8
-        raise ValueError(f"invalid {name.rstrip('-')}: too many NUL characters")
+        raise ValueError(f"invalid {name}: too many NUL characters")
     return text.removesuffix("\n").removesuffix("\r")
 
 
@@ -355,21 +355,30 @@ class Text:
 
 def to_text(line: Line, is_written: bool, encoding: str, job: Job, model: "Model") -> Text:
     """Parse and encode a line."""
-    parsed = parse(line.content, encoding, job)
-    text = Text(line, is_written, parsed)
-    if parsed.error is None:
-        # The rule of lm-evaluation-harness: white space at the end of a context belongs to the
-        # text, and both are encoded together.
-        context = parsed.context.rstrip()
-        parsed.text = parsed.context[len(context) :] + parsed.text
-        context_ids = model.encoder.encode(context)
-        text.ids = model.encoder.encode(context + parsed.text)[len(context_ids) :]
-        if not context:
-            context_ids = model.start_ids
-        text.rows = to_rows(context_ids, text.ids, job.end, model)
-        for row in text.rows:
-            row.is_written = is_written
+    text = Text(line, is_written, parse(line.content, encoding, job))
+    if text.parsed.error is None:
+        try:
+            encode(text, job, model)
+        except ValueError as error:  # a character that the vocabulary lacks
+            text.parsed.error = str(error)
     return text
+
+
+def encode(text: Text, job: Job, model: "Model") -> None:
+    """Encode a text after its context by the rule of lm-evaluation-harness.
+
+    White space at the end of the context belongs to the text, and both are encoded together.
+    """
+    parsed = text.parsed
+    context = parsed.context.rstrip()
+    parsed.text = parsed.context[len(context) :] + parsed.text
+    context_ids = model.encoder.encode(context)
+    text.ids = model.encoder.encode(context + parsed.text)[len(context_ids) :]
+    if not context:
+        context_ids = model.start_ids
+    text.rows = to_rows(context_ids, text.ids, job.end, model)
+    for row in text.rows:
+        row.is_written = text.is_written
 
 
 def to_rows(context_ids: list[int], ids: list[int], with_end: bool, model: "Model") -> list[Row]:
@@ -610,7 +619,7 @@ def dask_workers(n_workers: int | None, scheduler: str | None, n_threads: int) -
             yield Pool(submit, lambda: sum(client.nthreads().values()))
         except (CancelledError, distributed.comm.CommClosedError):
             raise ConnectionError("no connection to the Dask scheduler") from None
-        except distributed.KilledWorker as error:
+        except (RuntimeError, distributed.KilledWorker) as error:
             raise ConnectionError(f"Dask failed: {error}") from None
 
 
@@ -743,7 +752,7 @@ class Output:
         self.n_bytes = 0
         self.n_errors = 0
         self.earlier = b""  # the next line of an earlier run, perhaps torn
-        self.record: BinaryIO | None = None
+        self.record: Any = None
         self.is_started = False
         self.is_file = path != "-" and (os.path.isfile(path) or not os.path.exists(path))
         if path == "-":
