@@ -115,7 +115,6 @@ def watched(params, watcher):
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 5])
-@pytest.mark.xfail(reason="threadpoolctl 3.8 obeys only the first thread that sets BLAS's threads")
 def test_a_prompt_has_as_many_threads_as_blas_was_set_to(params, exact, n_threads):
     watcher = Watcher(n_threads)
     with threadpoolctl.threadpool_limits(n_threads, user_api="blas"):
@@ -202,7 +201,6 @@ def test_one_blas_thread_in_several_callers_gives_the_bits_of_one_caller(params,
             np.testing.assert_array_equal(logits, logits_of(n, params))
 
 
-@pytest.mark.xfail(reason="threadpoolctl 3.8 obeys only the first thread that sets BLAS's threads")
 def test_one_blas_thread_is_one_thread(params):
     watcher = Watcher()
     with gpt2.one_blas_thread():
@@ -214,7 +212,6 @@ def test_one_blas_thread_is_one_thread(params):
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
-@pytest.mark.xfail(reason="threadpoolctl 3.8 obeys only the first thread that sets BLAS's threads")
 def test_the_last_caller_to_leave_restores_blas(params, exact, order):
     """The callers enter in the order 0, 1, 2, and leave in this one."""
     entered = [threading.Event() for _ in range(3)]
@@ -298,7 +295,6 @@ def test_ctrl_c(params, exact, is_caller):
     assert_exact(logits_of(129, params), exact)
 
 
-@pytest.mark.xfail(reason="threadpoolctl 3.8 obeys only the first thread that sets BLAS's threads")
 def test_an_asynchronous_exception_in_a_thread_of_the_user(params):
     def stop(_):
         ident = ctypes.c_ulong(threading.get_ident())
@@ -378,7 +374,6 @@ assert threading.active_count() == 1
 
 @linux
 @pytest.mark.parametrize("name", ["OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"])
-@pytest.mark.xfail(reason="one more thread, of ThreadPoolExecutor, sets BLAS's threads")
 def test_one_thread_in_all(name):
     text = "assert is_exact(logits_of())\nassert n_system_threads() == 1"
     run_program(text, **{name: "1"})
@@ -401,7 +396,6 @@ assert blas_threads() == n
 
 
 @linux
-@pytest.mark.xfail(reason="one more thread, of ThreadPoolExecutor, sets BLAS's threads")
 def test_without_threadpoolctl():
     run_program("""
 sys.modules["threadpoolctl"] = None
@@ -478,7 +472,6 @@ with gpt2.one_blas_thread():
 
 
 @pytest.mark.parametrize("first", ["", "logits_of()"])
-@pytest.mark.xfail(reason="a pool starts no work after the main thread has ended")
 def test_a_thread_that_goes_on_after_the_main_thread(first):
     text = f"""
 def call():
