@@ -1,8 +1,9 @@
-"""Make tests/data/reference.npz: results of transformers (torch, float32) that the tests compare with.
+"""Make tests/data/reference.npz: results of transformers (torch, float32) for the tests.
 
     pip install torch transformers && python tests/make_reference.py
 
-The models are the random ones of helpers.random_variables and models/tiny, so only the results need to be stored.
+The models are models/tiny and the random ones of helpers.random_variables, so only the results are
+stored.
 """
 
 import json
@@ -21,7 +22,10 @@ from helpers import (
 
 
 def torch_model(hparams, variables):
-    """The transformers model with these variables. Its Conv1D weights are [n_in, n_out], as in the checkpoint."""
+    """The transformers model with these variables.
+
+    Its Conv1D weights are [n_in, n_out], as in the checkpoint.
+    """
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -68,8 +72,8 @@ def greedy(model, ids, n):
 def windowed_log_probs(model, ids, n_ctx, stride):
     """The log-probability of each id but the first, in the windows of transformers' documentation.
 
-    "Perplexity of fixed-length models": each window has n_ctx ids and begins `stride` ids after the one before. It
-    scores only the ids that no earlier window has scored.
+    "Perplexity of fixed-length models": each window has n_ctx ids and begins `stride` ids after the
+    one before. It scores only the ids that no earlier window has scored.
     """
     import torch
 
@@ -84,7 +88,7 @@ def windowed_log_probs(model, ids, n_ctx, stride):
 
 
 def warped(logits, temperature, top_k, top_p):
-    """The probabilities that transformers samples from, after its logits warpers in OpenAI's order."""
+    """The probabilities that transformers samples from, after its warpers in OpenAI's order."""
     import torch
     from transformers.generation.logits_process import (
         TemperatureLogitsWarper,

@@ -40,6 +40,7 @@ def shown_figure(table, row):
     return float(shown[1].replace(",", ""))
 
 
+@pytest.mark.slow
 def test_quick_mode(tmp_path):
     table, stored = run_benchmark(tmp_path / "figures.json")
     measured = {row["what"] for row in stored["figures"] if row["who"] == "npGPT"}

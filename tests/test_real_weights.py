@@ -10,8 +10,9 @@ ANSWERS = [
         "124M",
         "Alan Turing theorized that computers would one day become",
         40,
-        " the most powerful machines on the planet.\n\nThe computer is a machine that can perform complex calculations,"
-        " and it can perform these calculations in a way that is very similar to the human brain.\n",
+        " the most powerful machines on the planet.\n\nThe computer is a machine that can perform "
+        "complex calculations, and it can perform these calculations in a way that is very similar "
+        "to the human brain.\n",
     ),
     (
         "124M",
