@@ -305,13 +305,13 @@ def workers(programs, run):
             worker.close()
 
 
-def in_turns(some_workers, rounds, *request):
-    """Ask each program once to warm up, and then in turns -> {program: its answers}."""
+def in_turns(some_workers, rounds, *request, is_warm=False):
+    """Ask the programs in turns, after a first time if they are not warm -> {program: answers}."""
     answers = {program: [] for program in some_workers}
-    for n_round in range(rounds + 1):
+    for n_round in range(rounds if is_warm else rounds + 1):
         for program, worker in some_workers.items():
             answer = worker.ask(*request)
-            if n_round > 0:
+            if is_warm or n_round > 0:
                 answers[program].append(answer)
     return answers
 
@@ -490,7 +490,9 @@ class Figures:
 
     def add(self, what, who, unit, values):
         row = {"what": what, "who": who, "unit": unit, "median": statistics.median(values)}
-        self.rows.append(row | {"min": min(values), "max": max(values), "n": len(values)})
+        row |= {"min": min(values), "max": max(values), "n": len(values)}
+        self.rows.append(row)
+        print(f"{what}, {who}: {with_limits(row)}", file=sys.stderr)
 
     def find(self, what, who):
         for row in self.rows:
@@ -630,13 +632,16 @@ def measure_beside_neighbours(run, some):
     prompt = run.ids(run.n_long())
     with workers([COMMAND], run) as one:
         all_programs = some | one
+        in_turns(all_programs, 0, "time_prompt", prompt)  # warms them up
         for n in (0, 1) if run.args.quick else N_NEIGHBOURS:
             with neighbours(n):
                 what = f"beside {n} busy processes"
                 for n_ids in (min(100, len(prompt) - 1), len(prompt)):
-                    seconds = in_turns(all_programs, run.rounds, "time_prompt", prompt[:n_ids])
+                    request = ["time_prompt", prompt[:n_ids]]
+                    seconds = in_turns(all_programs, run.rounds, *request, is_warm=True)
                     run.add(f"{what}, a prompt of {n_ids} tokens", "ms", seconds)
-                seconds = in_turns(all_programs, run.rounds, "time_step", prompt[:10], 10)
+                request = ["time_step", prompt[:10], 10]
+                seconds = in_turns(all_programs, run.rounds, *request, is_warm=True)
                 run.add(f"{what}, one more token", "ms", seconds)
 
 
