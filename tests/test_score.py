@@ -943,7 +943,8 @@ README_BLOCKS = re.findall(
 def test_the_readme_shows_what_is_printed(tmp_path, language, code, shown):
     for name in ("gpt2.py", "encoder.py", "utils.py", "examples", "models"):
         (tmp_path / name).symlink_to(ROOT / name)
-    program = ["sh", "-c", code.replace(".venv/bin/python", sys.executable)]
+    code = re.sub(r"(^|\| )python ", rf"\1{sys.executable} ", code, flags=re.MULTILINE)
+    program = ["sh", "-c", code]
     if language == "python":
         program = [sys.executable, "-c", code]
     printed = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=60)
