@@ -73,14 +73,16 @@ class Encoder:
     encoder: {token: id}, with the tokens written in the characters of `bytes_to_unicode`.
     bpe_merges: pairs of tokens; the pair to join first comes first.
     errors: how to decode invalid UTF-8, as in `bytes.decode`.
-    ignore_merges: take a whole word that is a token without merging, as tiktoken does.
+    ignore_merges: turn a word that is itself a token into that token, without merging, as
+        tiktoken does.
     special_tokens: {name: id} of tokens that `encode` makes only where it is allowed to. They may
         lie beyond the vocabulary. The default is `<|endoftext|>`, if the vocabulary has it.
     added_tokens: {name: id} of tokens that `encode` makes wherever the text has their names.
     add_prefix_space: start each text, and each text after a special or added token, with a space.
-    first_ids: ids before those of every text.
+    first_ids: ids that `encode` puts before those of every text.
     unknown_id: the id for each byte that the vocabulary lacks; without it, that is an error.
-    start_id: the id that a text starts with; by default the id of `<|endoftext|>`, or None.
+    start_id: the id to start from when there is no text; `encode` does not add it. The default is
+        the id of `<|endoftext|>`, or None.
     end_ids: the ids that end a text; by default the id of `<|endoftext|>`, or none.
 
     >>> get_encoder("tiny", "models").encode("ROMEO:")
@@ -148,7 +150,7 @@ class Encoder:
         return ids
 
     def allowed_tokens(self, allowed_special: Iterable[str]) -> Vocabulary:
-        """Return {name: id} of the special tokens that have these names, or of "all"."""
+        """Return {name: id} of the special tokens with these names, or of all for "all"."""
         if allowed_special == "all":
             return self.special_tokens
         allowed = {}
@@ -319,7 +321,7 @@ class TextDecoder:
         return min([start for start in starts if start >= 0], default=len(text))
 
     def find_beginning(self, text: str) -> int:
-        """Return from where on the end of text may begin a stop text, or the length of text."""
+        """Return where a stop text may start that is not complete yet, or the length of text."""
         longest = max(map(len, self.stops), default=0)
         for start in range(max(0, len(text) - longest), len(text)):
             if any(stop.startswith(text[start:]) for stop in self.stops):
@@ -337,7 +339,7 @@ def get_encoder(model_name: str, models_dir: str) -> Encoder:
     """
     model_dir = os.path.join(models_dir, model_name)
     path = os.path.join(model_dir, "encoder.json")
-    if not os.path.isfile(path) and is_hugging_face(model_dir):
+    if not os.path.isfile(path) and has_hugging_face_files(model_dir):
         from hugging_face import read_encoder
 
         return read_encoder(model_dir)
@@ -349,7 +351,7 @@ def get_encoder(model_name: str, models_dir: str) -> Encoder:
     return Encoder(vocabulary, merges)
 
 
-def is_hugging_face(model_dir: str) -> bool:
+def has_hugging_face_files(model_dir: str) -> bool:
     """Tell whether a folder has one of the files of Hugging Face's layout."""
     names = ("config.json", "vocab.json", "tokenizer.json")
     return any(os.path.isfile(os.path.join(model_dir, name)) for name in names)
@@ -392,7 +394,7 @@ def read_json(path: str) -> dict[str, Any]:
 def read_merges(path: str) -> Merges:
     """Return the merges of a file with one merge per line: two tokens and a space between them.
 
-    A first line that starts with "#version" is skipped. Raises ValueError for any other line.
+    A first line that starts with "#version" is skipped. Raises ValueError for a malformed line.
     """
     merges = []
     lines = read_utf8(path).rstrip("\n").split("\n")
@@ -432,7 +434,7 @@ def check_vocabulary(vocabulary: Vocabulary, merges: Merges, path: str, merges_p
 
 
 def check_all_merged(vocabulary: Vocabulary, merges: Merges, merges_path: str) -> None:
-    """Raise ValueError if no merge makes some token, which shows that merges are missing.
+    """Raise ValueError if there is a token that no merge makes: then merges are missing.
 
     Tokens of one character are bytes, and special tokens are written as <...> or [...].
     """

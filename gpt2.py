@@ -24,17 +24,20 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
-if __name__ == "__main__":  # before NumPy loads OpenBLAS, whose idle threads then sleep sooner:
-    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "8")  # a token is faster on a busy machine
+if __name__ == "__main__":
+    # OpenBLAS reads this when NumPy loads it. Its idle threads then sleep sooner, which makes
+    # single tokens faster on a busy machine.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "8")
 
 import numpy as np
 
 BLOCK = 100_000  # elements at a time in gelu and layer_norm: they fit into the CPU's cache
 ATTENTION_ROWS = 128  # queries per block: large products, but most future keys can be skipped
 FEW_ROWS = 64  # with fewer rows than this, (w.T @ x.T).T is faster than x @ w in OpenBLAS
-PROMPT_ROWS = 64  # a call with at least as many rows has threads of its own; see "Threads"
-COLUMNS = 384  # of a product at a time, at most: wide enough to be fast, and several per thread
-LOGITS = 1 << 20  # at a time in score_targets: 4 MB
+PROMPT_ROWS = 64  # a call with at least so many token ids uses threads of our own: see "Threads"
+COLUMNS = 384  # columns of a product per block, at most: wide enough to be fast
+LOGITS = 1 << 20  # logits per block in score_targets: 4 MB
+MAX_SAMPLES = 100_000  # more would only exhaust the memory
 
 # glibc returns freed memory to the system, and new pages must be zeroed again. Freeing one large
 # block first raises its threshold, so later temporaries are reused: a prompt takes 8% less time.
@@ -92,7 +95,7 @@ def layer_norm(x: Array, g: Array, b: Array, eps: float = 1e-5) -> Array:
 
 
 def linear(x: Array, w: Array, b: Array) -> Array:
-    """x @ w + b: x [..., n_in], w [n_in, n_out], b [n_out] -> [..., n_out]."""
+    """x @ w + b: x [..., d_in], w [d_in, d_out], b [d_out] -> [..., d_out]."""
     return matmul(x, w, b)
 
 
@@ -133,7 +136,7 @@ def causal_mask(n_q: int, n_kv: int) -> Array:
 
 
 def causal_attention(q: Array, k: Array, v: Array, scale: float | None = None) -> Array:
-    """attention for the last n_q of n_kv positions, each of which sees only those before it."""
+    """Attention for the last n_q of n_kv positions. Each sees itself and those before it."""
     n_q = q.shape[-2]
     n_kv = k.shape[-2]
     y = np.empty_like(q)
@@ -161,7 +164,7 @@ def mha(
     """Causal multi-head self-attention: [..., n_seq, n_embd] -> [..., n_out, n_embd].
 
     kv: this layer's part of a KVCache, [2, ..., n_head, n_kv, d_head]. mha fills its last n_seq
-    positions. n_out: how many last positions to compute; all by default. scale: see attention.
+    positions. n_out: compute only the last n_out positions; all by default. scale: see attention.
 
     In 124M, 10 tokens are x [10, 768]. c_attn turns it into qkv [10, 2304]: for each token q, k
     and v with 12 heads of 64 each. So q, k, v and the result of attention are [12, 10, 64].
@@ -231,9 +234,9 @@ def gpt2(
 ) -> Array:
     """Predict each next token: ids [..., n_seq] -> float32 logits [..., n_out, n_vocab].
 
-    inputs: token ids, of any integer type. n_head: as in hparams; the parameters cannot tell it.
+    inputs: token ids, of any integer type. n_head: as in hparams; params does not contain it.
     cache: a KVCache. The inputs continue the tokens in it and are added to it.
-    n_out: how many last positions to compute logits for; all by default.
+    n_out: compute logits for only the last n_out positions; all by default.
 
     Raises TypeError if the inputs are not integers. Raises ValueError if there are none, if one is
     not in the vocabulary, if the tokens exceed n_ctx or the cache's n_max, or if n_head, n_out or
@@ -338,7 +341,7 @@ def apply_to_rows(function: Callable, x: Array, *args, **kwargs) -> Array:
 
 
 def matmul(x: Array, w: Array, b: Array | None = None) -> Array:
-    """x @ w (+ b) as one product for all leading axes: x [..., n_in], w [n_in, n_out]."""
+    """x @ w (+ b) as one product for all leading axes: x [..., d_in], w [d_in, d_out]."""
     rows = x.reshape(-1, x.shape[-1])
     if n_own_threads() > 1:
         y = matmul_in_blocks(rows, w)
@@ -347,20 +350,20 @@ def matmul(x: Array, w: Array, b: Array | None = None) -> Array:
     else:
         y = rows @ w
     if b is not None:
-        y = np.add(y, b, out=y if y.dtype == b.dtype else None)  # in place, but not with integers
+        y = np.add(y, b, out=y if y.dtype == b.dtype else None)  # in place if the types agree
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
 def matmul_in_blocks(x: Array, w: Array) -> Array:
     """x @ w, computed for some columns of w at a time: two blocks or more for each thread."""
-    n_out = w.shape[-1]
-    size = min(COLUMNS, max(64, n_out // (2 * n_own_threads())))
-    y = np.empty((len(x), n_out), np.result_type(x, w))
+    n_columns = w.shape[-1]
+    size = min(COLUMNS, max(64, n_columns // (2 * n_own_threads())))
+    y = np.empty((len(x), n_columns), np.result_type(x, w))
 
     def multiply(start, end):
         np.matmul(x, w[:, start:end], out=y[:, start:end])
 
-    for_blocks(multiply, n_out, size)
+    for_blocks(multiply, n_columns, size)
     return y
 
 
@@ -380,7 +383,7 @@ def for_blocks(function: Callable[[int, int], None], n: int, size: int) -> None:
             function(start, min(start + size, n))
         return
     starts = collections.deque(range(0, n, size))
-    settings = np.geterr() | {"call": np.geterrcall()}  # other threads do not inherit them
+    settings = np.geterr() | {"call": np.geterrcall()}  # NumPy's, not inherited by threads
 
     def work():
         with np.errstate(**settings):
@@ -406,7 +409,7 @@ def for_blocks(function: Callable[[int, int], None], n: int, size: int) -> None:
 
 @functools.cache
 def thread_pool(process: int) -> Any:
-    """The threads of a process, which start when they are needed. A forked process has none yet."""
+    """The thread pool of the process with this id. A forked process needs a new one."""
     from concurrent.futures import ThreadPoolExecutor
 
     return ThreadPoolExecutor(1000)  # an upper limit, for all callers together
@@ -439,20 +442,21 @@ class _Blas:
 
 @functools.cache
 def blas_libraries() -> list:
-    """The BLAS libraries of this process, if their threads can be set for all of its threads."""
+    """The BLAS libraries of this process; none if a setting would count for one thread only."""
     try:
         import threadpoolctl
     except ImportError:
         return []
     libraries = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
     layers = {library.info().get("threading_layer") for library in libraries}
-    return [] if "openmp" in layers else libraries  # OpenMP has a number for each thread
+    return [] if "openmp" in layers else libraries  # with OpenMP, each thread has its own number
 
 
 def set_blas_threads(numbers: list[int]) -> None:
     """Set each library's number of threads, whichever thread has set it before."""
     for library, number in zip(blas_libraries(), numbers, strict=False):
-        # threadpoolctl 3.8 obeys one thread only, until that gives up control or is deprived of it.
+        # In threadpoolctl 3.8, the first thread that sets the number locks out the others until
+        # its control is cleared.
         clear = getattr(library, "clear_controlling_thread", lambda force: None)
         clear(force=True)
         library.set_num_threads(number)
@@ -460,8 +464,8 @@ def set_blas_threads(numbers: list[int]) -> None:
 
 
 class _ThisThread(threading.local):
-    n_threads = 1  # for for_blocks
-    user: object = None  # of _blas, in own_threads
+    n_threads = 1  # that for_blocks may use
+    user: object = None  # the member of _blas.users that the outermost own_threads added
 
 
 def n_own_threads() -> int:
@@ -504,7 +508,7 @@ def _forget_threads() -> None:
     """In a forked process, only the thread that forked is left."""
     _blas.lock = threading.Lock()
     _blas.users &= {_this_thread.user}
-    _blas.remove(None)
+    _blas.remove(None)  # restores BLAS's threads if no user is left
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
@@ -518,7 +522,7 @@ def check_ids(ids: Any, n_vocab: int, max_ndim: int = 32) -> Array:
     """Return token ids of any integer type as an int64 array. Raises TypeError or ValueError."""
     if isinstance(ids, Iterator):
         ids = list(ids)
-    if isinstance(ids, list):  # NumPy would make uint64 and int float64
+    if isinstance(ids, list):  # NumPy would turn a mix of uint64 and int into float64
         ids = [int(token_id) if isinstance(token_id, np.integer) else token_id for token_id in ids]
     ids = np.asarray(ids)
     if ids.size == 0:
@@ -588,7 +592,7 @@ class Sampling(NamedTuple):
 
 
 def check_sampling(temperature: Any, top_k: Any, top_p: Any) -> Sampling:
-    """Return the options, each in its own type. Raises ValueError if one is out of range."""
+    """Return the options, converted to numbers. Raises ValueError if one is out of range."""
     chosen_temperature = real_number(temperature)
     if not chosen_temperature >= 0:  # NaN fails this, too
         raise ValueError(f"temperature must be a number, 0 or more, got {temperature!r}")
@@ -733,7 +737,7 @@ def stream(
         seed = whole_number("seed", seed, 0)
     n_rows = 1
     if n_samples is not None:
-        n_rows = whole_number("n_samples", n_samples, 1, 100_000)
+        n_rows = whole_number("n_samples", n_samples, 1, MAX_SAMPLES)
     prompt = check_ids(list(inputs), n_vocab, max_ndim=1)
     stop_ids = check_stop_ids(stop_id, n_vocab)
     rngs = np.random.default_rng(seed).spawn(n_rows)
@@ -881,18 +885,19 @@ def continuation(
 ) -> Iterator[str]:
     """Continue a text -> iterator over pieces of new text, as they come.
 
-    Several samples follow one another, each under a heading. model: (encoder, hparams, params).
-    stop: a text that ends the continuation, or several. allowed_special: see Encoder.encode.
+    Several samples are generated first and then follow one another, each under a heading. model:
+    (encoder, hparams, params). stop: a text that ends the continuation, or several.
+    allowed_special: see Encoder.encode.
     The other options are those of `generate`. Raises what `generate` raises.
     """
     from encoder import TextDecoder
 
-    n_rows = 1 if n_samples is None else whole_number("n_samples", n_samples, 1, 100_000)
+    n_rows = 1 if n_samples is None else whole_number("n_samples", n_samples, 1, MAX_SAMPLES)
     check_stop(stop)
     encoder, hparams, params = model
     decoders = [TextDecoder(encoder, stop) for _ in range(n_rows)]
     rows = stream(
-        first_ids(prompt, encoder, allowed_special),
+        encode_prompt(prompt, encoder, allowed_special),
         params,
         hparams["n_head"],
         n_tokens_to_generate,
@@ -906,7 +911,7 @@ def continuation(
     return _samples_with_headings(pieces, n_rows)
 
 
-def first_ids(prompt: str, encoder: Any, allowed_special: Collection[str]) -> list[int]:
+def encode_prompt(prompt: str, encoder: Any, allowed_special: Collection[str]) -> list[int]:
     """Encode the prompt. An empty one becomes the id that starts a text."""
     ids = encoder.encode(prompt, allowed_special)
     if ids:
@@ -941,7 +946,7 @@ def _samples_with_headings(rows: Iterator[list[str]], n_samples: int) -> Iterato
     """Collect the texts of each sample and yield one sample after the other."""
     samples = [""] * n_samples
     for row in rows:
-        samples = [sample + text for sample, text in zip(samples, row, strict=True)]
+        samples = [old + new for old, new in zip(samples, row, strict=True)]
     line = "=" * 40
     for number, text in enumerate(samples, 1):
         end = "\n" if number < n_samples else ""
@@ -993,7 +998,7 @@ def check_options(options: dict[str, Any]) -> None:
     if options.get("seed") is not None:
         whole_number("seed", options["seed"], 0)
     if options.get("n_samples") is not None:
-        whole_number("n_samples", options["n_samples"], 1, 100_000)
+        whole_number("n_samples", options["n_samples"], 1, MAX_SAMPLES)
     check_stop(options.get("stop"))
 
 
@@ -1100,7 +1105,7 @@ def with_full_names(words: list[str]) -> list[str]:
     from utils import UsageError
 
     result: list[str] = []
-    for word, next_word in itertools.pairwise([*words, "--"]):
+    for word, next_word in itertools.pairwise([*words, "--"]):  # "--": no value follows
         if is_option(word):
             typed, equals, value = word.partition("=")
             name = option_name(typed)
@@ -1120,7 +1125,7 @@ def with_full_names(words: list[str]) -> list[str]:
 
 
 def is_option(word: str) -> bool:
-    """Return whether fire takes a word for an option. A dash or a negative number is none."""
+    """Return whether fire takes a word for an option: not a lone dash or a negative number."""
     return re.match("--|-[a-zA-Z]", word) is not None
 
 
@@ -1150,7 +1155,7 @@ def option_name(typed: str) -> str:
 
 
 def name_texts(texts: list[str], names: list[str]) -> dict[str, str]:
-    """Give the names to the texts that have none, in order. Raises UsageError."""
+    """Assign the names to the positional texts, in order. Raises UsageError."""
     from utils import UsageError
 
     if len(texts) > len(names):
@@ -1165,7 +1170,7 @@ def name_texts(texts: list[str], names: list[str]) -> dict[str, str]:
 
 
 def decoded(word: str) -> str:
-    """Return a word of the command line as UTF-8 has it, whatever the locale. Raises UsageError."""
+    """Decode a word of the command line as UTF-8, whatever the locale. Raises UsageError."""
     from utils import UsageError
 
     try:
@@ -1197,11 +1202,12 @@ def run(words: list[str]) -> int:
         prompt = read_prompt() or None
     elif prompt == "-":
         prompt = read_prompt()
+    elif prompt is not None:
+        prompt = decoded(prompt)
     if prompt is None:
         for line in USAGE.splitlines():
             note(line)
         return 2
-    prompt = decoded(prompt)
     warn_of_options_without_effect(options)
     model = load_model(
         options.pop("model_size", "124M"),
@@ -1249,7 +1255,7 @@ def warn_of_options_without_effect(options: dict[str, Any]) -> None:
 
 
 def load_model(model_size: str, models_dir: str, is_positional: bool) -> tuple:
-    """Load a model. If there is none, an error says where its name may have come from."""
+    """Load a model. If there is none, the error says that the name may belong to the prompt."""
     from utils import MODEL_SIZES, load_encoder_hparams_and_params
 
     try:
@@ -1285,7 +1291,7 @@ def answer_prompts(prompt: str, model: tuple, options: dict[str, Any]) -> int:
     while True:
         try:
             text = prompt
-            prompt = ""  # there is none, if Ctrl-C or an error ends this answer
+            prompt = ""  # so that it is not repeated after Ctrl-C or an error
             if text:
                 show(continuation(text, model, **options))
             prompt = read_line("> " if at_terminal else "")
@@ -1312,7 +1318,7 @@ def read_line(sign: str) -> str:
 
 
 def command_line(arguments: list[str]) -> int:
-    """Run the command line -> exit status: 0, 1 after an error, 2 if unusable, 130 after Ctrl-C."""
+    """Run the command line -> status: 0, 1 after an error, 2 for wrong usage, 130 after Ctrl-C."""
     try:
         from utils import run_command
     except ModuleNotFoundError as error:  # encoder.py needs regex

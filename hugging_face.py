@@ -1,9 +1,9 @@
 """Models in the layout of Hugging Face's transformers -> (encoder, hparams, params).
 
 A folder holds config.json, the weights in *.safetensors, and a vocabulary: tokenizer.json, or
-vocab.json and merges.txt. What its files say is done as transformers 5 does it, or refused with a
-message that names the setting. The weights lie in the file as NumPy needs them, so float32 weights
-are memory-mapped, not copied. The format: https://huggingface.co/docs/safetensors
+vocab.json and merges.txt. Every setting in its files is interpreted as transformers 5 does, or
+refused with a message that names it. The weights lie in the file as NumPy needs them, so float32
+weights are memory-mapped, not copied. The format: https://huggingface.co/docs/safetensors
 """
 
 import json
@@ -20,7 +20,7 @@ from encoder import END_OF_TEXT, Encoder, check_vocabulary, read_json, read_merg
 
 Json = dict[str, Any]  # an object in a JSON file
 
-SIZES = ["vocab_size", "n_positions", "n_embd", "n_head", "n_layer"]  # the names of utils.HPARAMS
+SIZES = ["vocab_size", "n_positions", "n_embd", "n_head", "n_layer"]  # for utils.HPARAMS, in order
 DEFAULTS = {  # of transformers' GPT2Config
     "model_type": "gpt2",
     "vocab_size": 50257,
@@ -37,7 +37,7 @@ DEFAULTS = {  # of transformers' GPT2Config
     "tie_word_embeddings": True,
 }
 DEFAULT_END = 50256  # GPT2Config's bos_token_id and eos_token_id
-ALIASES = {  # GPT2Config.attribute_map: an alias comes before the name that it stands for
+ALIASES = {  # GPT2Config.attribute_map: an alias takes precedence over its name
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
     "num_attention_heads": "n_head",
@@ -63,10 +63,13 @@ DTYPES: dict[str, np.dtype] = {
 }
 MASKS = (".attn.bias", ".attn.masked_bias")  # stored by old versions; not parameters
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
-MAX_PADDING = 127  # more rows than tokens than this look like a mistake
+MAX_PADDING = 127  # a larger difference between rows and tokens looks like a mistake
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-CONVERT = "convert *.bin with AutoModelForCausalLM.from_pretrained(F).save_pretrained(F)"
+CONVERT = (
+    "convert *.bin with transformers: AutoModelForCausalLM.from_pretrained(FOLDER)"
+    ".save_pretrained(FOLDER)"
+)
 
 
 def load_hugging_face(model_dir: str) -> tuple[Encoder, dict, dict]:
@@ -138,15 +141,16 @@ def check_config(config: Json, path: str) -> None:
 
 
 def set_variants(params: Json, config: Json) -> None:
-    """Put into params what differs from GPT-2 in the functions of gpt2.py."""
+    """Add to params the arguments of gpt2.py's functions that differ from GPT-2's."""
     from gpt2 import ACTIVATIONS
 
-    mlp = {"activation": ACTIVATIONS[config["activation_function"]]}
-    if mlp["activation"] is ACTIVATIONS["gelu_new"]:
-        mlp = {}
-    norm = {"eps": config["layer_norm_epsilon"]}
-    if norm["eps"] == DEFAULTS["layer_norm_epsilon"]:
-        norm = {}
+    mlp: Json = {}
+    activation = ACTIVATIONS[config["activation_function"]]
+    if activation is not ACTIVATIONS["gelu_new"]:
+        mlp["activation"] = activation
+    norm: Json = {}
+    if config["layer_norm_epsilon"] != DEFAULTS["layer_norm_epsilon"]:
+        norm["eps"] = config["layer_norm_epsilon"]
     scale = 1.0
     if config["scale_attn_weights"]:
         scale = (config["n_embd"] // config["n_head"]) ** -0.5
@@ -169,13 +173,14 @@ def read_variables(model_dir: str, config: Json, hparams: Json) -> dict[str, np.
     tensors: dict[str, np.ndarray] = {}
     for path in weight_files(model_dir):
         for name, array in read_safetensors(path).items():
-            name = name.removeprefix("transformer.")  # which some files have, and others have not
+            name = name.removeprefix("transformer.")  # only some files have it
             if name in tensors:
                 raise ValueError(f"{path}: the tensor {name} occurs twice in {model_dir}")
             tensors[name] = array
     if "lm_head.weight" in tensors:
         head = tensors["lm_head.weight"]
-        if not utils.is_equal_by_bits(head, tensors.setdefault("wte.weight", head)):
+        wte = tensors.setdefault("wte.weight", head)  # a file may hold only one of the two
+        if not utils.is_equal_by_bits(head, wte):
             problem = "lm_head.weight differs from wte.weight, which is not supported"
             raise ValueError(f"{model_dir}: {problem}")
     n_layer = hparams["n_layer"]
@@ -224,7 +229,7 @@ def read_safetensors(path: str) -> dict[str, np.ndarray]:
         start = 8 + int.from_bytes(file.read(8), "little")
         try:
             if start > MAX_HEADER_BYTES:
-                raise ValueError(f"its header cannot have {start - 8} bytes")
+                raise ValueError(f"a header of {start - 8} bytes is too long")
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             header = json.loads(content[8:start].decode("utf-8"))
             header.pop("__metadata__", None)
@@ -251,13 +256,13 @@ def read_tensors(header: Json, data: memoryview) -> dict[str, np.ndarray]:
             tensors[name] = to_array(data[begin:end], entry["dtype"], entry["shape"])
         position = end
     if position != len(data):
-        raise ValueError("the tensors end elsewhere than the file")
+        raise ValueError("the tensors do not end where the file ends")
     return tensors
 
 
 def to_array(data: memoryview, dtype: str, shape: list[int]) -> np.ndarray:
     """Return a tensor as a float32 array, mapped if it is stored as aligned float32."""
-    if dtype not in list(DTYPES):
+    if dtype not in DTYPES:
         raise ValueError(f"type {dtype!r} is not one of {', '.join(DTYPES)}")
     array = np.frombuffer(data, DTYPES[dtype]).reshape(shape)
     if dtype == "BF16":
@@ -272,7 +277,7 @@ def read_encoder(model_dir: str) -> Encoder:
     """Read the vocabulary of a folder. A tokenizer.json comes before vocab.json and merges.txt."""
     path = os.path.join(model_dir, "tokenizer.json")
     settings = read_optional(model_dir, "tokenizer_config.json")
-    if "added_tokens_decoder" not in settings:
+    if "added_tokens_decoder" not in settings:  # saved by an old version
         settings |= read_optional(model_dir, "special_tokens_map.json")
     try:
         if os.path.isfile(path):
@@ -323,7 +328,7 @@ def tokenizer_from_vocabulary(path: str, settings: Json) -> Json:
 
 
 def check_tokenizer(tokenizer: Json, settings: Json, path: str) -> None:
-    """Raise ValueError, naming the setting, for a tokenizer.json that Encoder cannot do."""
+    """Raise ValueError, naming the setting, for a tokenizer.json that Encoder does not support."""
     for setting, values in TOKENIZER_SETTINGS.items():
         value: Any = tokenizer
         for key in setting.split("."):
@@ -388,14 +393,14 @@ def read_merge(merge: Any, path: str) -> tuple[str, str]:
 def named_tokens(tokenizer: Json, settings: Json) -> dict[str, Json]:
     """Return the added tokens of tokenizer.json and the tokens that tokenizer_config.json names.
 
-    The result is {name: {"special": ..., "id": ..., and other flags}}. tokenizer.json comes first.
+    The result is {name: {"special": ..., "id": ..., and other flags}}. tokenizer.json has precedence.
     """
     tokens = list(tokenizer.get("added_tokens") or [])
     for token_id, token in settings.get("added_tokens_decoder", {}).items():
         tokens.append(token | {"id": int(token_id)})
     special: list[Any] = [END_OF_TEXT]
     for key, value in settings.items():
-        if key.endswith("_token"):  # as bos_token; others, as add_bos_token, are no text
+        if key.endswith("_token"):  # such as bos_token, or add_bos_token, which is no token
             special.append(value)
         elif key in ("extra_special_tokens", "additional_special_tokens"):
             special += value.values() if isinstance(value, dict) else value or []
@@ -406,7 +411,7 @@ def named_tokens(tokenizer: Json, settings: Json) -> dict[str, Json]:
     named: dict[str, Json] = {}
     for token in tokens:
         name = token["content"]
-        name.encode("utf-8")  # raises UnicodeError for half a character
+        name.encode("utf-8")  # raises UnicodeError for a lone surrogate
         known = named.get(name, {})
         is_special = known.get("special", False) or token.get("special", False)
         named[name] = token | known | {"special": is_special}

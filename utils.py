@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # imported by the functions that need it: a model on disk is 
     import requests
 
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
-FILES = {  # of a published model, with their SHA-256 for 124M; the other sizes have none published
+FILES = {  # the files of a published model -> SHA-256 for 124M; no others are published
     "checkpoint": "dd1b025d2e155283f5e300ce95bf6d5b6bc0f7fe010db73daa6975eb896ab9cb",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "hparams.json": "d9d56e4121c427164e0c55c6f03c08e1daf9002b9b672825112d19097b680318",
@@ -46,7 +46,7 @@ FILES = {  # of a published model, with their SHA-256 for 124M; the other sizes 
     "model.ckpt.meta": "4668c448fa11531fd6700460487f73e82d3272960cea942252f8744bf225c77b",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-IN_EVERY_SIZE = ("encoder.json", "vocab.bpe")
+IN_EVERY_SIZE = ("encoder.json", "vocab.bpe")  # these are the same in all sizes
 
 
 class Sizes(NamedTuple):
@@ -104,7 +104,7 @@ CHUNK_BYTES = 1 << 13  # read at a time; an interruption loses at most this
 TIMEOUT = (4, 10)  # seconds to connect, and between two pieces of an answer
 PATIENCE = 8  # seconds: give up on a server that has sent nothing by then
 RETRIES = 4  # consecutive retries without progress
-LOCK_ATTEMPTS = 100  # while other processes remove the folder
+LOCK_ATTEMPTS = 100  # each fails if another process removes the folder in the meantime
 BACKOFF = 0.5  # seconds before the first retry, doubled for each further one
 MAX_WAIT = 30  # seconds: upper limit for Retry-After
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses after which a retry may help
@@ -158,7 +158,7 @@ def missing_files(model_dir: str) -> list[str]:
 
 
 def get_base_url() -> str:
-    """Return the address under which the models are, without a slash at its end."""
+    """Return the address of the folder of models, without a trailing slash."""
     base_url = (os.environ.get("GPT2_BASE_URL") or BASE_URL).rstrip("/")
     if not base_url.lower().startswith(("https://", "http://")):
         raise ValueError(f"GPT2_BASE_URL must begin with https:// or http://, got {base_url!r}")
@@ -183,7 +183,7 @@ def known_sha256(model_size: str, name: str) -> str | None:
 def locked(folder: str) -> Iterator[None]:
     """Create the folder and lock it against other processes (not on Windows).
 
-    If it is empty at the end, it is removed again with the parent folders that were created.
+    At the end, the folders that this created are removed again if they are empty.
     """
     for attempt in itertools.count(1):
         created = [path for path in (Path(folder), *Path(folder).parents) if not path.is_dir()]
@@ -205,10 +205,10 @@ def locked(folder: str) -> Iterator[None]:
 
 
 def lock(folder: str) -> int | None:
-    """Lock a folder, if necessary wait for it. Returns the descriptor that holds the lock.
+    """Lock a folder, waiting if necessary. Returns the descriptor that holds the lock.
 
     Returns None if folders cannot be opened, as on Windows. Raises FileNotFoundError if the folder
-    does not exist or was removed while this waited.
+    does not exist or was removed in the meantime.
     """
     try:
         import fcntl
@@ -237,8 +237,8 @@ def is_folder(descriptor: int, folder: str) -> bool:
 def new_session(base_url: str) -> "requests.Session":
     """Return a session that asks again when a server answers "later", and never leaves https.
 
-    It retries statuses alone. `fetch` continues connections that broke off; retries here, too,
-    would multiply its own.
+    It retries only after the statuses in TRANSIENT. `fetch` resumes broken connections; retrying
+    them here as well would multiply the attempts.
     """
     import requests
     from requests.adapters import HTTPAdapter
@@ -287,15 +287,15 @@ def download_file(session: "requests.Session", url: str, path: str, sha256: str 
 def fetch(session: "requests.Session", url: str, part: str) -> str | None:
     """Download url to part. Returns the MD5 that the server states, in hex.
 
-    Asks again after a connection broke off, as long as this makes progress. Raises ConnectionError
-    if it makes none, and for an answer that is not the file.
+    Retries after a broken connection, as long as this makes progress. Raises ConnectionError if it
+    makes none, and for an answer that is not the file.
     """
     import requests
     from requests.exceptions import ChunkedEncodingError
 
     longest = size_of(part)
     has_progressed = False
-    n_failures = 0  # in a row, the last one with progress included
+    n_failures = 0  # in a row; a failure that made progress is counted as the first one
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -379,7 +379,7 @@ def length_of_file(response: "requests.Response") -> int:
 
 
 def append_body(response: "requests.Response", part: str) -> None:
-    """Write the body to part: behind what is there if it is the rest, else in its place."""
+    """Write the body to part: append it if it is the rest of the file, else replace part."""
     import requests
 
     if response.status_code == 200:
@@ -401,12 +401,12 @@ def append_body(response: "requests.Response", part: str) -> None:
 
 
 def version_of(response: "requests.Response") -> str | None:
-    """Return what tells the versions of a file on the server apart: its ETag, or else its date."""
+    """Return what identifies the file's version on the server: its ETag, or else its date."""
     return response.headers.get("ETag") or response.headers.get("Last-Modified")
 
 
 def write_version(response: "requests.Response", part: str) -> None:
-    """Remember the version of which part is a part, so that two are never joined."""
+    """Store the version that part belongs to, so that two versions are never joined."""
     version = version_of(response)
     if version:
         with open(part + ".version", "w", encoding="latin-1") as file:
@@ -414,7 +414,7 @@ def write_version(response: "requests.Response", part: str) -> None:
 
 
 def read_version(part: str) -> str | None:
-    """Return the version of which part holds the beginning, None if there is nothing to resume."""
+    """Return the version that part belongs to, None if there is nothing to resume."""
     if size_of(part) == 0 or not os.path.isfile(part + ".version"):
         return None
     with open(part + ".version", encoding="latin-1") as file:
@@ -424,13 +424,13 @@ def read_version(part: str) -> str | None:
 def stated_md5(response: "requests.Response") -> str | None:
     """Return the MD5 of the whole file in hex, None if the server does not state it."""
     md5 = response.headers.get("x-ms-blob-content-md5")
-    if response.status_code == 200:  # of a 206 it is that of the body (RFC 2616, 14.15)
+    if response.status_code == 200:  # in a 206 it covers only the body (RFC 2616, 14.15)
         md5 = md5 or response.headers.get("Content-MD5")
     return base64.b64decode(md5).hex() if md5 else None
 
 
 def verify(part: str, algorithm: str, expected: str | None) -> None:
-    """Compare the digest of part, if one is expected. Deletes a wrong part: ConnectionError."""
+    """Delete part and raise ConnectionError if its digest is not the expected one, if any."""
     if expected is None:
         return
     found = digest(part, algorithm)
@@ -495,6 +495,7 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[E
         from hugging_face import load_hugging_face
 
         return load_hugging_face(model_dir)
+    # A fine-tuned model, such as model-1000, may lie in a folder with a published name.
     is_published = model_size in MODEL_SIZES and (
         tf_ckpt_path is None or os.path.basename(tf_ckpt_path) == "model.ckpt"
     )
@@ -536,7 +537,7 @@ def find_model_dir(model_size: str, models_dir: str) -> str:
 
 
 def is_hugging_face(model_dir: str, tf_ckpt_path: str | None) -> bool:
-    """Return whether to load a folder as a Hugging Face model. If it holds both, say so."""
+    """Return whether to load a folder as a Hugging Face model. Warns if it holds two models."""
     if not os.path.isfile(os.path.join(model_dir, "config.json")):
         return False
     if tf_ckpt_path is None:
@@ -552,7 +553,7 @@ def is_hugging_face(model_dir: str, tf_ckpt_path: str | None) -> bool:
 
 
 def check_tensorflow(model_size: str, model_dir: str) -> None:
-    """Raise ImportError before a download that only TensorFlow, which is missing, could verify."""
+    """Raise ImportError if only TensorFlow could verify the download, and it is not installed."""
     is_known = MODEL_SIZES[model_size] in KNOWN_DATA
     is_there = os.path.isfile(os.path.join(model_dir, "model.ckpt" + DATA_SUFFIX))
     if is_known or is_there or importlib.util.find_spec("tensorflow"):
@@ -560,7 +561,7 @@ def check_tensorflow(model_size: str, model_dir: str) -> None:
     raise ImportError(
         f"TensorFlow is not installed, and it must verify {model_size} after the download; install "
         f"it with: pip install -r requirements.txt, or load {HUB_NAMES[model_size]}, the same "
-        "model, which needs no TensorFlow but: pip install huggingface_hub"
+        "model without TensorFlow, which needs: pip install huggingface_hub"
     )
 
 
@@ -588,7 +589,8 @@ def what_is_there(model_dir: str) -> str:
     indices = sorted(glob.glob("*.index", root_dir=model_dir))
     if indices:
         line = f'model_checkpoint_path: "{indices[-1].removesuffix(".index")}"'
-        return f"{', '.join(indices)}, but no file named checkpoint, with the line {line}"
+        names = ", ".join(indices)
+        return f"{names}, but no file named checkpoint; create it, with the line {line}"
     if os.path.isfile(os.path.join(model_dir, "adapter_config.json")):
         return (
             "a LoRA adapter, which is not a whole model; merge it with its base model first, with "
@@ -598,7 +600,7 @@ def what_is_there(model_dir: str) -> str:
 
 
 def published_size(model_size: str) -> str | None:
-    """Return the published name of a size that is known under another name, too."""
+    """Return the published size that another name or spelling means, None if there is none."""
     spelling = model_size.lower()
     for size, hub_name in HUB_NAMES.items():
         if spelling in (size.lower(), hub_name.lower().rpartition("/")[2]):
@@ -672,7 +674,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path: str | os.PathLike, hparams: dict
 
     {"wte": [n_vocab, n_embd], "wpe": [n_ctx, n_embd], "blocks": [{"ln_1": {"g", "b"}, "attn":
     {"c_attn": {"w", "b"}, "c_proj": {"w", "b"}}, "ln_2": {"g", "b"}, "mlp": {"c_fc": {"w", "b"},
-    "c_proj": {"w", "b"}}}, ...], "ln_f": {"g", "b"}}, each w [n_in, n_out]. The arrays are
+    "c_proj": {"w", "b"}}}, ...], "ln_f": {"g", "b"}}, each w [d_in, d_out]. The arrays are
     read-only, and mapped from the file if possible.
 
     The first load verifies the data file by its SHA-256 if that is known, else through TensorFlow.
@@ -831,7 +833,7 @@ def nest(variables: dict[str, np.ndarray], hparams: dict) -> dict[str, Any]:
             else:
                 place = place.setdefault(key, {})
         array.flags.writeable = False
-        place[last] = array.reshape(array.shape[-2:])  # a w is [1, n_in, n_out] in a checkpoint
+        place[last] = array.reshape(array.shape[-2:])  # a w is [1, d_in, d_out] in a checkpoint
     return params
 
 
@@ -916,16 +918,16 @@ def download_from_hub(name: str, model_dir: str) -> None:
     except ImportError:
         problem = f"{name} is downloaded with the package huggingface_hub; install it with"
         raise ImportError(f"{problem}: pip install huggingface_hub") from None
-    from hugging_face import CONVERT, WEIGHTS, read_config, read_encoder
+    from hugging_face import CONVERT, INDEX, WEIGHTS, read_config, read_encoder
 
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         disable_progress_bars()  # they would fill a log file
     part = model_dir + ".part"
     info = ask_hub(HfApi().repo_info, name, revision="main")
     files = {sibling.rfilename for sibling in info.siblings or []}
     options = {"revision": info.sha, "local_dir": part}
     try:
-        for needed in (["config.json"], [WEIGHTS, WEIGHTS + ".index.json"]):
+        for needed in (["config.json"], [WEIGHTS, INDEX]):
             if files.isdisjoint(needed):
                 raise FileNotFoundError(f"{name} on the Hub has no {needed[0]}; {CONVERT}")
         ask_hub(snapshot_download, name, allow_patterns=HUB_FILES, **options)
@@ -942,7 +944,7 @@ def download_from_hub(name: str, model_dir: str) -> None:
 
 
 def ask_hub(function: Callable, name: str, **options: Any) -> Any:
-    """Call a function of huggingface_hub. Its errors have many types; make them one line of one."""
+    """Call a function of huggingface_hub. Any error becomes a ConnectionError of one line."""
     try:
         return function(name, **options)
     except Exception as error:
@@ -984,8 +986,7 @@ def run_command(
     """
     with robust_streams():
         try:
-            status = run_and_flush(command, arguments)
-            return status or 0
+            return run_and_flush(command, arguments) or 0
         except KeyboardInterrupt:
             return 130
         except BrokenPipeError:
@@ -1038,13 +1039,13 @@ def note(message: str) -> None:
 def robust_streams() -> Iterator[None]:
     """Make a command work with standard streams that are closed or cannot encode a character.
 
-    A stream whose output cannot be written is led to the null device at the end. Otherwise, Python
-    would try again when it exits, and change the exit status.
+    A stream whose output cannot be written is redirected to the null device at the end. Otherwise,
+    Python would try again when it exits, and change the exit status.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         open_stream(name, mode)
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):  # not in a notebook, or if it is redirected
+        if isinstance(stream, io.TextIOWrapper):  # not in a notebook, or if it was replaced
             with contextlib.suppress(io.UnsupportedOperation):  # input that was read before
                 stream.reconfigure(errors="replace")
     try:
@@ -1067,7 +1068,7 @@ def open_stream(name: str, mode: str) -> None:
 
 
 def flush_or_discard(stream: TextIO) -> None:
-    """Write out what a stream holds, or lead it to the null device if that is impossible."""
+    """Flush a stream. If that is impossible, redirect it to the null device."""
     try:
         stream.flush()
     except (OSError, ValueError):  # ValueError: the command has closed it
