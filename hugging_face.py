@@ -393,7 +393,7 @@ def read_merge(merge: Any, path: str) -> tuple[str, str]:
 def named_tokens(tokenizer: Json, settings: Json) -> dict[str, Json]:
     """Return the added tokens of tokenizer.json and the tokens that tokenizer_config.json names.
 
-    The result is {name: {"special": ..., "id": ..., and other flags}}. tokenizer.json has precedence.
+    The result is {name: {"special": ..., "id": ..., and other flags}}. tokenizer.json wins.
     """
     tokens = list(tokenizer.get("added_tokens") or [])
     for token_id, token in settings.get("added_tokens_decoder", {}).items():
