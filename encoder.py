@@ -19,7 +19,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import regex
@@ -401,10 +401,10 @@ def read_merges(path: str) -> Merges:
     for number, line in enumerate(lines, 1):
         if number == 1 and line.startswith("#version"):
             continue
-        left, _, right = line.partition(" ")
-        if not left or not right or " " in right:
+        pair = tuple(line.split(" "))
+        if len(pair) != 2 or "" in pair:
             raise ValueError(f"{path} is damaged: line {number} is not two tokens: {line!r}")
-        merges.append((left, right))
+        merges.append(pair)
     return merges
 
 
@@ -422,13 +422,11 @@ def check_vocabulary(vocabulary: Vocabulary, merges: Merges, path: str, merges_p
             f"{path} is damaged: the ids of its {size} tokens are not 0 to {size - 1}, "
             "each used once"
         )
-    for left, right in merges:
-        for token in (left, right, left + right):
-            if not token or token not in vocabulary:
-                raise ValueError(
-                    f"{merges_path} does not fit {path}: the vocabulary lacks the token "
-                    f"{token!r} of the merge {left!r} {right!r}"
-                )
+    tokens = {*chain.from_iterable(merges), *map("".join, merges)}
+    for token in tokens - vocabulary.keys() or tokens & {""}:
+        raise ValueError(
+            f"{merges_path} does not fit {path}: that lacks the token {token!r} of a merge"
+        )
     if len(set(merges)) < len(merges):
         raise ValueError(f"{merges_path} is damaged: a merge is listed twice")
 
