@@ -73,7 +73,7 @@ COLORS = {
 N_TOKENS = 40  # of a whole command
 PAUSE = 0.2  # seconds. OpenBLAS's threads spin for about 0.03 s after each product
 N_NEIGHBOURS = (0, 2, 6)
-N_PARAGRAPHS = 100  # of Shakespeare, as a corpus
+N_PARAGRAPHS = 150  # of Shakespeare, as a corpus
 SHORT_TEXTS = "scoring texts of 20 to 300 tokens"
 COMMAND = "npGPT's command"  # what gpt2.py sets for itself when it is run:
 COMMAND_VARIABLES = {"OPENBLAS_THREAD_TIMEOUT": "8"}
@@ -689,25 +689,19 @@ def measure_texts(run, some, what, texts):
 
 
 def measure_corpus(run, some, folder):
-    """examples/score.py, without its start, beside transformers with its best size of batches."""
+    """The command examples/score.py, beside transformers with its best size of batches."""
     paragraphs = held_out_text().split("\n\n")[: 5 if run.args.quick else N_PARAGRAPHS]
     texts = some["npGPT"].ask("encode", paragraphs)
     n_tokens = sum(map(len, texts))
     texts = [[run.hparams["n_vocab"] - 1, *ids] for ids in texts]  # <|endoftext|> goes first
-    ours = []
-    theirs = {n_at_once: [] for n_at_once in (4, 8, 16)}
-    for _ in range(run.rounds):
-        start = score_with_npgpt(run, folder, paragraphs[:1])
-        whole = score_with_npgpt(run, folder, paragraphs)
-        ours.append(n_tokens / (whole - start))
-        if "transformers" in some:
-            for n_at_once, speeds in theirs.items():
-                seconds = some["transformers"].ask("time_corpus", texts, n_at_once)
-                speeds.append(n_tokens / seconds)
-    speeds = {"npGPT": ours}
+    seconds = [score_with_npgpt(run, folder, paragraphs) for _ in range(run.rounds)]
+    speeds = {"npGPT": [n_tokens / value for value in seconds]}
     if "transformers" in some:
-        best = max(theirs, key=lambda n_at_once: statistics.median(theirs[n_at_once]))
-        speeds[f"transformers, {best} at once"] = theirs[best]
+        ask = some["transformers"].ask
+        first = {n: ask("time_corpus", texts, n) for n in (4, 8, 16)}
+        best = min(first, key=first.get)
+        seconds = [ask("time_corpus", texts, best) for _ in range(run.rounds)]
+        speeds[f"transformers, {best} at once"] = [n_tokens / value for value in seconds]
     run.add(f"scoring {len(texts)} paragraphs", "tokens/s", speeds)
 
 
