@@ -423,7 +423,9 @@ def check_vocabulary(vocabulary: Vocabulary, merges: Merges, path: str, merges_p
             "each used once"
         )
     tokens = {*chain.from_iterable(merges), *map("".join, merges)}
-    for token in tokens - vocabulary.keys() or tokens & {""}:
+    lacking = tokens - vocabulary.keys() or tokens & {""}
+    if lacking:
+        token = min(lacking, key=lambda token: (len(token), token))
         raise ValueError(
             f"{merges_path} does not fit {path}: that lacks the token {token!r} of a merge"
         )

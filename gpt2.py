@@ -18,6 +18,7 @@ import inspect
 import itertools
 import math
 import os
+import queue
 import re
 import sys
 import threading
@@ -383,36 +384,68 @@ def for_blocks(function: Callable[[int, int], None], n: int, size: int) -> None:
             function(start, min(start + size, n))
         return
     starts = collections.deque(range(0, n, size))
+    n_left = len(starts)  # blocks that this thread has not computed
+    results: queue.SimpleQueue = queue.SimpleQueue()  # of the other threads: an error or None
     settings = np.geterr() | {"call": np.geterrcall()}  # NumPy's, not inherited by threads
 
-    def work():
+    def help_out():
         with np.errstate(**settings):
-            while True:
+            for start in drain(starts):
                 try:
-                    start = starts.popleft()
-                except IndexError:
-                    return
-                function(start, min(start + size, n))
+                    function(start, min(start + size, n))
+                    results.put(None)
+                except BaseException as error:
+                    results.put(error)
 
-    helpers = []
     try:
-        with contextlib.suppress(RuntimeError):  # if no thread can start, this one does it all
-            for _ in range(min(n_threads, len(starts)) - 1):
-                helpers.append(thread_pool(os.getpid()).submit(work))
-        work()
+        _helpers.ask(help_out, min(n_threads, n_left) - 1)
+        for start in drain(starts):
+            function(start, min(start + size, n))
+            n_left -= 1
+        for _ in range(n_left):
+            error = results.get()
+            if error:
+                raise error
     finally:
         starts.clear()  # after an error, nobody needs the other blocks
-        for helper in helpers:
-            if not helper.cancel():  # it has begun
-                helper.result()
 
 
-@functools.cache
-def thread_pool(process: int) -> Any:
-    """The thread pool of the process with this id. A forked process needs a new one."""
-    from concurrent.futures import ThreadPoolExecutor
+def drain(items: collections.deque) -> Iterator:
+    """Take items from the left until there are none. Several threads may do so at once."""
+    while True:
+        try:
+            item = items.popleft()
+        except IndexError:
+            return
+        yield item
 
-    return ThreadPoolExecutor(1000)  # an upper limit, for all callers together
+
+class _Helpers:
+    """Threads that start when they are needed. They wait for functions to call.
+
+    This is not a ThreadPoolExecutor, because Ctrl-C inside `submit` can leave its locks locked,
+    and because it refuses work once the main thread has ended.
+    """
+
+    def __init__(self):
+        self.functions: queue.SimpleQueue = queue.SimpleQueue()
+        self.threads: list[threading.Thread] = []
+
+    def ask(self, function: Callable[[], None], n_threads: int) -> None:
+        """Let this many threads call the function, or fewer if no more can be started."""
+        while len(self.threads) < n_threads:
+            thread = threading.Thread(target=self.work, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # a limit of the system, or the program is about to end
+                break
+            self.threads.append(thread)
+        for _ in range(n_threads):
+            self.functions.put(function)
+
+    def work(self) -> None:
+        while True:
+            self.functions.get()()
 
 
 class _Blas:
@@ -426,10 +459,10 @@ class _Blas:
     def add(self, user: object) -> int:
         """Return the number of threads that BLAS had before the first user came."""
         with self.lock:
+            self.users.add(user)
             if not self.before:
                 self.before = [library.num_threads for library in blas_libraries()]
                 set_blas_threads([1] * len(self.before))
-            self.users.add(user)
             return min(self.before, default=1)
 
     def remove(self, user: object) -> None:
@@ -473,6 +506,7 @@ def n_own_threads() -> int:
     return _this_thread.n_threads
 
 
+_helpers = _Helpers()
 _blas = _Blas()
 _this_thread = _ThisThread()
 
@@ -496,7 +530,11 @@ def own_threads(n_threads: int | None = None) -> Iterator[None]:
         if is_outermost:
             _this_thread.user = None
             _this_thread.n_threads = 1
-        _blas.remove(user)
+        try:
+            _blas.remove(user)
+        except BaseException:  # Ctrl-C at this moment
+            _blas.remove(user)
+            raise
 
 
 def one_blas_thread() -> contextlib.AbstractContextManager:
@@ -506,6 +544,8 @@ def one_blas_thread() -> contextlib.AbstractContextManager:
 
 def _forget_threads() -> None:
     """In a forked process, only the thread that forked is left."""
+    global _helpers
+    _helpers = _Helpers()
     _blas.lock = threading.Lock()
     _blas.users &= {_this_thread.user}
     _blas.remove(None)  # restores BLAS's threads if no user is left

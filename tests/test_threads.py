@@ -496,7 +496,6 @@ assert is_exact(logits_of())
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there is no timer here")
-@pytest.mark.xfail(reason="Ctrl-C inside ThreadPoolExecutor.submit leaves a lock locked")
 def test_ctrl_c_at_3000_random_moments():
     """Nothing hangs, and BLAS's threads are restored each time."""
     run_program("""
