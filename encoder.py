@@ -105,7 +105,9 @@ class Encoder:
         end_ids: Iterable[int] | None = None,
     ):
         if special_tokens is None:
-            special_tokens = {END_OF_TEXT: encoder[END_OF_TEXT]} if END_OF_TEXT in encoder else {}
+            special_tokens = {}
+            if END_OF_TEXT in encoder:
+                special_tokens[END_OF_TEXT] = encoder[END_OF_TEXT]
         end_id = special_tokens.get(END_OF_TEXT, encoder.get(END_OF_TEXT))
         if end_ids is None:
             end_ids = [] if end_id is None else [end_id]
@@ -422,13 +424,12 @@ def check_vocabulary(vocabulary: Vocabulary, merges: Merges, path: str, merges_p
             f"{path} is damaged: the ids of its {size} tokens are not 0 to {size - 1}, "
             "each used once"
         )
-    tokens = {*chain.from_iterable(merges), *map("".join, merges)}
+    tokens = set(chain.from_iterable(merges))
+    tokens.update(map("".join, merges))
     lacking = tokens - vocabulary.keys() or tokens & {""}
-    if lacking:
-        token = min(lacking, key=lambda token: (len(token), token))
-        raise ValueError(
-            f"{merges_path} does not fit {path}: that lacks the token {token!r} of a merge"
-        )
+    for token in sorted(lacking, key=len):
+        problem = f"that lacks the token {token!r} of a merge"
+        raise ValueError(f"{merges_path} does not fit {path}: {problem}")
     if len(set(merges)) < len(merges):
         raise ValueError(f"{merges_path} is damaged: a merge is listed twice")
 

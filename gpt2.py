@@ -427,7 +427,7 @@ class _Helpers:
     and because it refuses work once the main thread has ended.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.functions: queue.SimpleQueue = queue.SimpleQueue()
         self.threads: list[threading.Thread] = []
 
