@@ -110,7 +110,9 @@ class Encoder:
                 special_tokens[END_OF_TEXT] = encoder[END_OF_TEXT]
         end_id = special_tokens.get(END_OF_TEXT, encoder.get(END_OF_TEXT))
         if end_ids is None:
-            end_ids = [] if end_id is None else [end_id]
+            end_ids = []
+            if end_id is not None:
+                end_ids = [end_id]
         self.encoder = encoder
         self.special_tokens = special_tokens
         self.added_tokens = added_tokens or {}
