@@ -105,9 +105,7 @@ class Encoder:
         end_ids: Iterable[int] | None = None,
     ):
         if special_tokens is None:
-            special_tokens = {}
-            if END_OF_TEXT in encoder:
-                special_tokens[END_OF_TEXT] = encoder[END_OF_TEXT]
+            special_tokens = end_of_text(encoder)
         end_id = special_tokens.get(END_OF_TEXT, encoder.get(END_OF_TEXT))
         if end_ids is None:
             end_ids = []
@@ -267,6 +265,13 @@ class Encoder:
             return bytes([self.byte_decoder[char] for char in token])
         except KeyError:  # a special token that nobody declared as one
             return token.encode("utf-8")
+
+
+def end_of_text(vocabulary: Vocabulary) -> Vocabulary:
+    """Return {name: id} of `<|endoftext|>`, or {} if the vocabulary lacks it."""
+    if END_OF_TEXT not in vocabulary:
+        return {}
+    return {END_OF_TEXT: vocabulary[END_OF_TEXT]}
 
 
 def split_at_names(text: str, names: Iterable[str]) -> list[str]:
