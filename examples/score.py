@@ -612,11 +612,12 @@ def dask_workers(n_workers: int | None, scheduler: str | None, n_threads: int) -
             client = stack.enter_context(distributed.Client(scheduler, timeout=CONNECT_SECONDS))
         except (OSError, RuntimeError) as error:
             raise ConnectionError(f"no connection to the Dask scheduler: {error}") from None
-        if not client.nthreads():
+        count_slots = functools.partial(count_threads, client)
+        if not count_slots():
             complain("score.py", "the scheduler has no workers yet; waiting for them")
         submit = functools.partial(client.get_executor(pure=False).submit, score_remotely, PROJECT)
         try:
-            yield Pool(submit, lambda: sum(client.nthreads().values()))
+            yield Pool(submit, count_slots)
         except (CancelledError, distributed.comm.CommClosedError):
             raise ConnectionError("no connection to the Dask scheduler") from None
         except (RuntimeError, distributed.KilledWorker) as error:
@@ -635,6 +636,14 @@ def local_cluster(n_workers: int, n_threads: int) -> Any:
         dashboard_address="127.0.0.1:0",  # any free port
         silence_logs="CRITICAL",
     )
+
+
+def count_threads(client: Any) -> int:
+    """Return the number of threads of all workers."""
+    try:
+        return sum(client.nthreads().values())
+    except OSError as error:  # its call timed out
+        raise ConnectionError(f"no connection to the Dask scheduler: {error}") from None
 
 
 def score_remotely(project: str, batch: Batch) -> Scores:
