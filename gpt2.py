@@ -23,7 +23,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 if __name__ == "__main__":
     # OpenBLAS reads this when NumPy loads it. Its idle threads then sleep sooner, which makes
@@ -45,19 +45,20 @@ MAX_SAMPLES = 100_000  # more would only exhaust the memory
 np.empty(32_000_000, np.uint8)
 
 Array = np.ndarray
+Function = TypeVar("Function", bound=Callable)  # a decorated function keeps its type
 
 
-def in_blocks_of_rows(function: Callable) -> Callable:
+def in_blocks_of_rows(function: Function) -> Function:
     """Decorator: apply a function of each row (last axis) to some rows at a time."""
 
     @functools.wraps(function)
     def in_blocks(x, *args, **kwargs):
         return apply_to_rows(function, np.asarray(x), *args, **kwargs)
 
-    return in_blocks
+    return cast(Function, in_blocks)
 
 
-def with_own_threads(function: Callable) -> Callable:
+def with_own_threads(function: Function) -> Function:
     """Decorator: spread the work of a call with PROMPT_ROWS or more token ids over threads."""
 
     @functools.wraps(function)
@@ -67,7 +68,7 @@ def with_own_threads(function: Callable) -> Callable:
         with own_threads():
             return function(inputs, *args, **kwargs)
 
-    return spread
+    return cast(Function, spread)
 
 
 @in_blocks_of_rows
@@ -386,7 +387,7 @@ def for_blocks(function: Callable[[int, int], None], n: int, size: int) -> None:
     starts = collections.deque(range(0, n, size))
     n_left = len(starts)  # blocks that this thread has not computed
     results: queue.SimpleQueue = queue.SimpleQueue()  # of the other threads: an error or None
-    settings = np.geterr() | {"call": np.geterrcall()}  # NumPy's, not inherited by threads
+    settings: dict[str, Any] = np.geterr() | {"call": np.geterrcall()}  # threads inherit neither
 
     def help_out():
         with np.errstate(**settings):
@@ -708,6 +709,22 @@ def _check_largest(logit: float) -> None:
 # Generation
 
 
+def names_its_options(function: Function) -> Function:
+    """Decorator: make the TypeError for an unknown option list the options that exist."""
+    parameters = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        for name in kwargs:
+            if name not in parameters:
+                options = ", ".join(parameters)
+                raise TypeError(f"{function.__name__} has no option {name!r}, only {options}")
+        return function(*args, **kwargs)
+
+    return cast(Function, checked)
+
+
+@names_its_options
 def generate(
     inputs: Iterable[int],
     params: dict,
@@ -752,6 +769,7 @@ def generate(
     return [[row[i] for row in rows if row[i] is not None] for i in range(int(n_samples))]
 
 
+@names_its_options
 def stream(
     inputs: Iterable[int],
     params: dict,
