@@ -8,7 +8,7 @@ A text becomes ids in four steps. This is what happens to " rôle" with GPT-2's 
     merges  join pairs of tokens, in the order in which vocab.bpe lists them   "Ġr" "Ã´" "le"
 
 encoder.json gives the id of each of these tokens. Merges never cross the border between two
-words, so each word is encoded on its own, and the ids of the last words are remembered.
+words, so each word is encoded on its own, and the ids of recent words are cached.
 
 The way back is short: look up the bytes of each id, join them, and decode them as UTF-8.
 """
@@ -80,7 +80,8 @@ class Encoder:
     added_tokens: {name: id} of tokens that `encode` makes wherever the text has their names.
     add_prefix_space: start each text, and each text after a special or added token, with a space.
     first_ids: ids that `encode` puts before those of every text.
-    unknown_id: the id for each byte that the vocabulary lacks; without it, that is an error.
+    unknown_id: the id for each token that the vocabulary lacks; without it, `encode` raises
+        ValueError.
     start_id: the id to start from when there is no text; `encode` does not add it. The default is
         the id of `<|endoftext|>`, or None.
     end_ids: the ids that end a text; by default the id of `<|endoftext|>`, or none.
@@ -114,8 +115,8 @@ class Encoder:
         self.encoder = encoder
         self.special_tokens = special_tokens
         self.added_tokens = added_tokens or {}
-        names = inverse(special_tokens) | inverse(self.added_tokens)
-        self.decoder = inverse(encoder) | names
+        declared = inverse(special_tokens) | inverse(self.added_tokens)  # {id: name}
+        self.decoder = inverse(encoder) | declared
         self.byte_encoder = bytes_to_unicode()
         self.byte_decoder = inverse(self.byte_encoder)
         self.bpe_ranks = {pair: rank for rank, pair in enumerate(bpe_merges)}
@@ -128,7 +129,7 @@ class Encoder:
         self.start_id = end_id if start_id is None else start_id
         self.end_ids = frozenset(end_ids)
         self.cache: dict[str, tuple[int, ...]] = {}
-        self.token_bytes = {token_id: name.encode("utf-8") for token_id, name in names.items()}
+        self.token_bytes = {token_id: name.encode("utf-8") for token_id, name in declared.items()}
 
     def encode(self, text: str, allowed_special: Iterable[str] = ()) -> list[int]:
         """Return the ids of a text.
@@ -137,8 +138,8 @@ class Encoder:
         "all". The names of other special tokens are ordinary text.
 
         A surrogate pair is encoded as the character that it means, and a lone surrogate as
-        U+FFFD, because UTF-8 has neither. Raises ValueError for a name that is not a special
-        token, and for a character that the vocabulary cannot write.
+        U+FFFD, because UTF-8 has neither. Raises TypeError if text is not a str, and ValueError
+        for a name that is not a special token or a character that the vocabulary cannot write.
         """
         if not isinstance(text, str):
             raise TypeError(f"encode takes a text of type str, not {type(text).__name__}")
@@ -248,7 +249,10 @@ class Encoder:
         return self.decode_bytes(ids).decode("utf-8", self.errors)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Return the bytes of the text of ids. A token may end inside a character's bytes."""
+        """Return the bytes of the text of ids. A token may end inside a character's bytes.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
         ids = list(ids)
         for token_id in set(ids):
             if token_id not in self.token_bytes:
@@ -319,6 +323,7 @@ class TextDecoder:
         text = self.held_back + self.utf8_decoder.decode(data, final)
         found = self.find_stop(text)
         end = len(text) if final else self.find_beginning(text)
+        # A stop text that starts after `end` has to wait: a longer one may have begun before it.
         self.stopped = found < len(text) and found <= end
         end = min(found, end)
         self.held_back = text[end:]
@@ -330,7 +335,10 @@ class TextDecoder:
         return min([start for start in starts if start >= 0], default=len(text))
 
     def find_beginning(self, text: str) -> int:
-        """Return where a stop text may start that is not complete yet, or the length of text."""
+        """Return the start of the longest end of text with which a stop text begins.
+
+        It is the length of text if there is none.
+        """
         longest = max(map(len, self.stops), default=0)
         for start in range(max(0, len(text) - longest), len(text)):
             if any(stop.startswith(text[start:]) for stop in self.stops):
@@ -344,7 +352,8 @@ def get_encoder(model_name: str, models_dir: str) -> Encoder:
     OpenAI's layout is encoder.json ({token: id}) and vocab.bpe (one merge per line). A folder in
     Hugging Face's layout is read by hugging_face.py.
 
-    Raises ValueError, naming the file, if the files are damaged or do not belong together.
+    Raises FileNotFoundError if a file is missing, and ValueError, naming the file, if the files are
+    damaged or do not belong together.
     """
     model_dir = os.path.join(models_dir, model_name)
     path = os.path.join(model_dir, "encoder.json")
@@ -433,10 +442,11 @@ def check_vocabulary(vocabulary: Vocabulary, merges: Merges, path: str, merges_p
         )
     tokens = set(chain.from_iterable(merges))
     tokens.update(map("".join, merges))
-    lacking = tokens - vocabulary.keys() or tokens & {""}
-    for token in sorted(lacking, key=len):
-        problem = f"that lacks the token {token!r} of a merge"
-        raise ValueError(f"{merges_path} does not fit {path}: {problem}")
+    lacking = tokens - vocabulary.keys() or tokens & {""}  # an empty token cannot be merged
+    if lacking:
+        token = min(lacking, key=len)
+        problem = f"which lacks the token {token!r} of a merge"
+        raise ValueError(f"{merges_path} does not fit {path}, {problem}")
     if len(set(merges)) < len(merges):
         raise ValueError(f"{merges_path} is damaged: a merge is listed twice")
 

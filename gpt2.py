@@ -1,12 +1,13 @@
 """GPT-2 in NumPy: the model, one formula per function; then generation, scoring, the command line.
 
 The formulas are those of openai/gpt-2's model.py. The paper is "Language Models are Unsupervised
-Multitask Learners" (Radford et al., 2019). All arrays are float32. Dimensions:
+Multitask Learners" (Radford et al., 2019). All arrays but token ids are float32. Dimensions:
 
     n_vocab, n_ctx, n_embd, n_head, n_layer    the sizes of the model, as in hparams.json
     d_head                                     n_embd / n_head, the width of one attention head
     n_seq                                      the number of tokens in this call
     n_kv                                       n_seq plus the number of tokens in the cache
+    n_q, n_out                                 the number of the last positions to compute
     ...                                        nothing, or leading axes for several sequences
 """
 
@@ -33,10 +34,11 @@ if __name__ == "__main__":
 import numpy as np
 
 BLOCK = 100_000  # elements at a time in gelu and layer_norm: they fit into the CPU's cache
-ATTENTION_ROWS = 128  # queries per block: large products, but most future keys can be skipped
+ATTENTION_ROWS = 128  # queries per block: enough for fast products, few enough to skip keys
 FEW_ROWS = 64  # with fewer rows than this, (w.T @ x.T).T is faster than x @ w in OpenBLAS
-PROMPT_ROWS = 64  # a call with at least so many token ids uses threads of our own: see "Threads"
-COLUMNS = 384  # columns of a product per block, at most: wide enough to be fast
+PROMPT_ROWS = 64  # a call with at least this many token ids uses our own threads: see "Threads"
+MIN_COLUMNS = 64  # columns of a product per block: fewer are slow,
+MAX_COLUMNS = 384  # and more are no faster
 LOGITS = 1 << 20  # logits per block in score_targets: 4 MB
 MAX_SAMPLES = 100_000  # more would only exhaust the memory
 
@@ -46,6 +48,10 @@ np.empty(32_000_000, np.uint8)
 
 Array = np.ndarray
 Function = TypeVar("Function", bound=Callable)  # a decorated function keeps its type
+
+
+# The next two decorators serve speed alone. What they call stands below, under "What speed needs"
+# and "Threads". The model begins with gelu.
 
 
 def in_blocks_of_rows(function: Function) -> Function:
@@ -59,14 +65,19 @@ def in_blocks_of_rows(function: Function) -> Function:
 
 
 def with_own_threads(function: Function) -> Function:
-    """Decorator: spread the work of a call with PROMPT_ROWS or more token ids over threads."""
+    """Decorator: spread the work of a call with PROMPT_ROWS or more token ids over threads.
+
+    The token ids are the first argument of the function.
+    """
+    first_name = next(iter(inspect.signature(function).parameters))
 
     @functools.wraps(function)
-    def spread(inputs, *args, **kwargs):
-        if np.size(inputs) < PROMPT_ROWS:
-            return function(inputs, *args, **kwargs)
+    def spread(*args, **kwargs):
+        ids = args[0] if args else kwargs.get(first_name, ())
+        if np.size(ids) < PROMPT_ROWS:
+            return function(*args, **kwargs)
         with own_threads():
-            return function(inputs, *args, **kwargs)
+            return function(*args, **kwargs)
 
     return cast(Function, spread)
 
@@ -202,7 +213,7 @@ def transformer_block(
 ) -> Array:
     """One layer: [..., n_seq, n_embd] -> [..., n_out, n_embd], with kv and n_out as in mha."""
     y = mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kv=kv, n_out=n_out)
-    x = x[..., -y.shape[-2] :, :] + y
+    x = x[..., -y.shape[-2] :, :] + y  # y may have only the last n_out positions
     return x + ffn(layer_norm(x, **ln_2), **mlp)
 
 
@@ -260,19 +271,16 @@ def final_states(
     cache: KVCache | None = None,
     n_out: int | None = None,
 ) -> Array:
-    """All of `gpt2` but the last product: ids [..., n_seq] -> float32 [..., n_out, n_embd]."""
+    """`gpt2` without its last product: ids [..., n_seq] -> float32 [..., n_out, n_embd]."""
     inputs = check_ids(inputs, len(wte))
     check_n_head(n_head, wte.shape[1])
     check_n_out(n_out)
     n_past = 0
-    n_positions = len(wpe)
     if cache is not None:
         check_cache(cache, inputs.shape[:-1], len(blocks), n_head, wte.shape[1])
         n_past = cache.n_past
-        n_positions = min(n_positions, cache.kv.shape[-2])
     n_kv = n_past + inputs.shape[-1]
-    if n_kv > n_positions:
-        raise ValueError(f"{n_kv} tokens do not fit: there are {n_positions} positions")
+    check_n_kv(n_kv, len(wpe), cache)
 
     x = wte[inputs] + wpe[n_past:n_kv]  # token and position embeddings, [..., n_seq, n_embd]
     for layer, block in enumerate(blocks):
@@ -285,12 +293,12 @@ def final_states(
     return x
 
 
-# The activations of GPT-2's relatives, which a Hugging Face folder may ask for
+# Other activations, which the config.json of a Hugging Face folder may name
 
 
 @in_blocks_of_rows
 def exact_gelu(x: Array) -> Array:
-    """x times the normal distribution function (Hendrycks & Gimpel, 2016)."""
+    """x times the standard normal distribution function of x (Hendrycks & Gimpel, 2016)."""
     return 0.5 * x * (1 + erf(x / math.sqrt(2)))
 
 
@@ -359,7 +367,7 @@ def matmul(x: Array, w: Array, b: Array | None = None) -> Array:
 def matmul_in_blocks(x: Array, w: Array) -> Array:
     """x @ w, computed for some columns of w at a time: two blocks or more for each thread."""
     n_columns = w.shape[-1]
-    size = min(COLUMNS, max(64, n_columns // (2 * n_own_threads())))
+    size = min(MAX_COLUMNS, max(MIN_COLUMNS, n_columns // (2 * n_own_threads())))
     y = np.empty((len(x), n_columns), np.result_type(x, w))
 
     def multiply(start, end):
@@ -446,7 +454,7 @@ class _Helpers:
 
     def work(self) -> None:
         while True:
-            self.functions.get()()
+            self.functions.get()()  # a variable would keep the arrays of the last call alive
 
 
 class _Blas:
@@ -454,7 +462,7 @@ class _Blas:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.users: set[object] = set()
+        self.users: set[object] = set()  # not a count: removing a user twice does no harm
         self.before: list[int] = []  # the number of threads of each library, while there is a user
 
     def add(self, user: object) -> int:
@@ -476,14 +484,17 @@ class _Blas:
 
 @functools.cache
 def blas_libraries() -> list:
-    """The BLAS libraries of this process; none if a setting would count for one thread only."""
+    """The BLAS libraries, or none if threadpoolctl is missing or a library uses OpenMP.
+
+    With OpenMP, each thread has its own number of BLAS threads, so one setting is not enough.
+    """
     try:
         import threadpoolctl
     except ImportError:
         return []
     libraries = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
     layers = {library.info().get("threading_layer") for library in libraries}
-    return [] if "openmp" in layers else libraries  # with OpenMP, each thread has its own number
+    return [] if "openmp" in layers else libraries
 
 
 def set_blas_threads(numbers: list[int]) -> None:
@@ -499,7 +510,7 @@ def set_blas_threads(numbers: list[int]) -> None:
 
 class _ThisThread(threading.local):
     n_threads = 1  # that for_blocks may use
-    user: object = None  # the member of _blas.users that the outermost own_threads added
+    user: object = None  # the member of _blas.users that this thread added
 
 
 def n_own_threads() -> int:
@@ -519,18 +530,18 @@ def own_threads(n_threads: int | None = None) -> Iterator[None]:
     This may be nested and used in several threads at once. In each thread, the outermost n_threads
     counts. The last one to leave restores BLAS's threads.
     """
+    if _this_thread.user is not None:  # nested
+        yield
+        return
     user = object()
-    is_outermost = _this_thread.user is None
     try:
         n_blas_threads = _blas.add(user)
-        if is_outermost:
-            _this_thread.user = user
-            _this_thread.n_threads = n_threads or n_blas_threads
+        _this_thread.user = user
+        _this_thread.n_threads = n_threads or n_blas_threads
         yield
     finally:
-        if is_outermost:
-            _this_thread.user = None
-            _this_thread.n_threads = 1
+        _this_thread.user = None
+        _this_thread.n_threads = 1
         try:
             _blas.remove(user)
         except BaseException:  # Ctrl-C at this moment
@@ -560,7 +571,10 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 def check_ids(ids: Any, n_vocab: int, max_ndim: int = 32) -> Array:
-    """Return token ids of any integer type as an int64 array. Raises TypeError or ValueError."""
+    """Return token ids of any integer type as an int64 array with 1 to max_ndim axes.
+
+    Raises TypeError or ValueError.
+    """
     if isinstance(ids, Iterator):
         ids = list(ids)
     if isinstance(ids, list):  # NumPy would turn a mix of uint64 and int into float64
@@ -598,19 +612,22 @@ def check_cache(cache: KVCache, batch: tuple, n_layer: int, n_head: int, n_embd:
         )
 
 
+def check_n_kv(n_kv: int, n_ctx: int, cache: KVCache | None) -> None:
+    """Raise ValueError unless n_kv tokens fit into the context and into the cache."""
+    n_positions = n_ctx if cache is None else min(n_ctx, cache.kv.shape[-2])
+    if n_kv > n_positions:
+        raise ValueError(f"{n_kv} tokens do not fit: there are {n_positions} positions")
+
+
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
     """Return a number, or the text of one, as an int. Raises ValueError if it is out of range."""
-    try:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         number = int(value)
-        is_valid = number >= least and (most is None or number <= most)
-        if not isinstance(value, str):
-            is_valid = is_valid and number == value  # 2.5 is not a whole number
-    except (TypeError, ValueError, OverflowError):
-        is_valid = False
-    if not is_valid:
-        limits = f", {least} or more" if most is None else f" from {least} to {most}"
-        raise ValueError(f"{name} must be a whole number{limits}, got {value!r}")
-    return number
+        is_whole = isinstance(value, str) or number == value  # 2.5 is not a whole number
+        if is_whole and number >= least and (most is None or number <= most):
+            return number
+    limits = f", {least} or more" if most is None else f" from {least} to {most}"
+    raise ValueError(f"{name} must be a whole number{limits}, got {value!r}")
 
 
 def real_number(value: Any) -> float:
@@ -676,7 +693,7 @@ def _sample(logits: Any, rng: np.random.Generator, options: Sampling) -> int:
         return int(np.argmax(logits))
     cumulative = np.cumsum(_token_probs(logits, options), dtype=np.float64)
     total = cumulative[-1]
-    # Below the total, so that rounding cannot select a token after the last possible one.
+    # The draw stays below the total: rounding must not select a token after the last possible one.
     drawn = min(rng.random() * total, np.nextafter(total, 0))
     return int(np.searchsorted(cumulative, drawn, side="right"))
 
@@ -686,6 +703,7 @@ def _token_probs(logits: Any, options: Sampling) -> Array:
     logits = np.asarray(logits, np.float32)
     largest = logits.max()
     _check_largest(largest)
+    # A lower temperature would give the same: only the most likely tokens remain.
     scaled = (logits - largest) / max(options.temperature, 1e-30)
     scaled[np.isnan(scaled)] = -np.inf  # it was -inf / inf
     if 0 < options.top_k < len(logits):
@@ -695,6 +713,7 @@ def _token_probs(logits: Any, options: Sampling) -> Array:
     if options.top_p < 1:
         descending = np.sort(probs)[::-1]
         cumulative = np.cumsum(descending, dtype=np.float64)  # float64: many small terms
+        # Without the last sum, the index stays in range if rounding keeps the total below top_p.
         n_before_last = np.searchsorted(cumulative[:-1], options.top_p)
         probs[probs < descending[n_before_last]] = 0
         probs /= probs.sum()
@@ -706,7 +725,8 @@ def _check_largest(logit: float) -> None:
         raise ValueError(f"the largest logit must be finite, got {logit}")
 
 
-# Generation
+# Generation. From here on, functions import utils.py when they are called: `import gpt2` needs only
+# NumPy.
 
 
 def names_its_options(function: Function) -> Function:
@@ -745,9 +765,9 @@ def generate(
     n_samples: how many continuations to draw. The result is then a list of lists.
     stop_id: a token id that ends a continuation and is not part of it, or several such ids.
 
-    The model sees the last n_ctx tokens. When the text outgrows the context, it goes on with the
-    last n_ctx // 2. Shows a progress bar on a terminal. Raises ValueError for invalid options, and
-    what `gpt2` raises for inputs.
+    The model sees the last n_ctx tokens. When the text outgrows the context, generation continues
+    from its last n_ctx // 2 tokens. Shows a progress bar on a terminal. Raises TypeError or
+    ValueError for invalid options or inputs, and ValueError if the logits are not finite.
     """
     from utils import progress_bar
 
@@ -869,9 +889,9 @@ def log_probs(ids: Iterable[int], params: dict, n_head: int) -> Array:
     """
     ids = check_ids(list(ids), len(params["wte"]), max_ndim=1)
     n_ctx = len(params["wpe"])
-    n_window = n_ctx + 1
+    n_window = n_ctx + 1  # the last id is only a target
     if len(ids) > n_window:
-        n_window = max(n_ctx, 2)
+        n_window = max(n_ctx, 2)  # as in the guide
     parts = [np.empty(0, np.float32)]
     start = 0
     n_scored = 1  # the first id has no context
@@ -894,10 +914,11 @@ class Scores(NamedTuple):
 
 @np.errstate(under="ignore")
 def score_targets(states: Array, targets: Array, wte: Array) -> Scores:
-    """Score targets [n], given the final states [n, n_embd] of the positions before them.
+    """Score targets [n], given the final states [n, n_embd] before them -> Scores of [n] each.
 
     log(softmax(logits)) is logits - log(sum(exp(logits))). The sum goes over the vocabulary in
-    blocks, so only some of the logits are in memory at a time.
+    blocks, so only some of the logits are in memory at a time. To prevent overflow, each block's
+    sum is relative to its own maximum. At the end, all are made relative to the largest one.
     """
     size = max(1, LOGITS // len(targets))  # tokens of the vocabulary per block
     n_blocks = math.ceil(len(wte) / size)
@@ -943,10 +964,14 @@ def continuation(
 ) -> Iterator[str]:
     """Continue a text -> iterator over pieces of new text, as they come.
 
-    Several samples are generated first and then follow one another, each under a heading. model:
-    (encoder, hparams, params). stop: a text that ends the continuation, or several.
+    model: (encoder, hparams, params), as load_encoder_hparams_and_params returns it.
+    n_samples: several samples are generated first and then follow one another under headings.
+    stop: a text that ends the continuation, or several.
     allowed_special: see Encoder.encode.
-    The other options are those of `generate`. Raises what `generate` raises.
+    options: those of `generate`.
+
+    Raises what `generate` and Encoder.encode raise, and ValueError if the prompt is empty and the
+    model has no token that starts a text.
     """
     from encoder import TextDecoder
 
@@ -1041,7 +1066,7 @@ def main(
         "n_samples": n_samples,
         "stop": stop,
     }
-    check_options(options)
+    check_options(options)  # before the model is loaded, which may include a download
     model = load_encoder_hparams_and_params(model_size, models_dir)
     allowed_special = "all" if special_tokens else ()
     return "".join(continuation(prompt, model, allowed_special=allowed_special, **options))
@@ -1131,27 +1156,29 @@ QUOTES = "put the prompt in quotes"
 
 
 class Arguments(NamedTuple):
-    """The options of `main` and the switches that were given, as text. `stop` is a list."""
+    """The values on the command line, as text, by the name of the option. `stop` is a list."""
 
-    named: dict[str, Any]
-    positional: dict[str, str]
+    named: dict[str, Any]  # given with a name, switches included
+    positional: dict[str, str]  # given without one
 
 
 def parse_arguments(words: list[str]) -> Arguments:
-    """Sort the words of the command line with fire. Raises UsageError."""
+    """Split the command line into values with fire. Raises UsageError."""
     import fire
 
     texts: list[str] = []
     named: dict[str, Any] = {}
 
     @fire.decorators.SetParseFn(str)  # fire would turn the prompt 1984 into a number
-    def sort(*args, **kwargs):
+    def collect(*args, **kwargs):
         texts.extend(args)
         named.update(kwargs)
 
     words = with_full_names(words)
-    fire.Fire(sort, [*words, "--", "--separator=\0"])  # the default separator, -, is a prompt here
-    stops = [named.pop(name) for name in list(named) if name.startswith("stop")]
+    separator = "--separator=\0"  # the default one, -, is a prompt here
+    fire.Fire(collect, [*words, "--", separator])
+    stop_names = [name for name in named if name.startswith("stop")]  # see with_full_names
+    stops = [named.pop(name) for name in stop_names]
     if stops:
         named["stop"] = [unescape(decoded(stop)) for stop in stops]
     free_names = [name for name in POSITIONAL if name not in named]
@@ -1170,7 +1197,8 @@ def with_full_names(words: list[str]) -> list[str]:
             if name in SWITCHES:
                 if equals:
                     raise UsageError(f"{typed} takes no value")
-                equals = "=True"  # or fire would take the next word as its value
+                equals = "="
+                value = "True"  # or fire would take the next word as its value
             if not equals and is_option(next_word):
                 raise UsageError(
                     f"{typed} needs a value; write {typed}=-x if it starts with a dash"
@@ -1203,12 +1231,14 @@ def option_name(typed: str) -> str:
         raise UsageError(
             f"{typed} is ambiguous: it can mean {', '.join(names[:-1])} or {names[-1]}"
         )
-    hint = "--help lists the options"
     meanings = OTHER_NAMES | {option: option for option in known}
-    for similar in difflib.get_close_matches(name, meanings, 1):
-        hint = f"did you mean --{meanings[similar]}?"
+    similar = difflib.get_close_matches(name, meanings, 1)
     if " " in typed:
         hint = 'write --prompt="-x" for a prompt that starts with a dash'
+    elif similar:
+        hint = f"did you mean --{meanings[similar[0]]}?"
+    else:
+        hint = "--help lists the options"
     raise UsageError(f"there is no option {typed}; {hint}")
 
 
@@ -1246,7 +1276,7 @@ def unescape(text: str) -> str:
 @np.errstate(over="ignore", invalid="ignore")  # damaged parameters give one error, not many lines
 def run(words: list[str]) -> int:
     """Do what the command line asks -> exit status. Raises UsageError and what `main` raises."""
-    from utils import is_terminal, note
+    from utils import note
 
     if {"-h", "--help"} & set(words):
         print(HELP)
@@ -1255,13 +1285,7 @@ def run(words: list[str]) -> int:
     options: dict[str, Any] = arguments.named | arguments.positional
     check_usage(options)
     is_interactive = options.pop("interactive", False)
-    prompt = options.pop("prompt", "" if is_interactive else None)
-    if prompt is None and not is_terminal(sys.stdin):
-        prompt = read_prompt() or None
-    elif prompt == "-":
-        prompt = read_prompt()
-    elif prompt is not None:
-        prompt = decoded(prompt)
+    prompt = given_prompt(options.pop("prompt", None), is_interactive)
     if prompt is None:
         for line in USAGE.splitlines():
             note(line)
@@ -1289,6 +1313,21 @@ def check_usage(options: dict[str, Any]) -> None:
     except ValueError as error:
         hint = "; 90% is 0.9" if str(error).startswith("top_p") else ""
         raise UsageError(f"--{error}{hint}") from None
+
+
+def given_prompt(word: str | None, is_interactive: bool) -> str | None:
+    """Return the prompt of the command line or of standard input, or None if there is none."""
+    from utils import is_terminal
+
+    if word == "-":
+        return read_prompt()
+    if word is not None:
+        return decoded(word)
+    if is_interactive:
+        return ""
+    if is_terminal(sys.stdin):
+        return None
+    return read_prompt() or None  # empty input is no prompt
 
 
 def read_prompt() -> str:
@@ -1334,7 +1373,7 @@ def show(pieces: Iterable[str]) -> None:
 
 
 def answer_prompts(prompt: str, model: tuple, options: dict[str, Any]) -> int:
-    """Continue the prompt and then each input line, unless they are empty -> exit status.
+    """Continue the prompt and then each input line, but not empty ones -> exit status.
 
     The status is 1 if a prompt from a pipe failed, else 0.
     """
