@@ -20,7 +20,7 @@ from encoder import END_OF_TEXT, Encoder, check_vocabulary, read_json, read_merg
 
 Json = dict[str, Any]  # an object in a JSON file
 
-SIZES = ["vocab_size", "n_positions", "n_embd", "n_head", "n_layer"]  # for utils.HPARAMS, in order
+SIZES = ["vocab_size", "n_positions", "n_embd", "n_head", "n_layer"]  # utils.HPARAMS in this layout
 DEFAULTS = {  # of transformers' GPT2Config
     "model_type": "gpt2",
     "vocab_size": 50257,
@@ -108,7 +108,8 @@ def unsupported(path: str, setting: str, value: object, values: list) -> ValueEr
 def read_config(path: str) -> Json:
     """Read and check config.json. Absent keys get their defaults, and aliases their real names."""
     content = read_json(path)
-    config = DEFAULTS | {"n_positions": content.get("n_ctx", 1024)} | content
+    n_positions = content.get("n_ctx", DEFAULTS["n_positions"])  # old files have only n_ctx
+    config = DEFAULTS | {"n_positions": n_positions} | content
     for alias, key in ALIASES.items():
         if alias in content:
             config[key] = content[alias]
@@ -274,7 +275,7 @@ def to_array(data: memoryview, dtype: str, shape: list[int]) -> np.ndarray:
 
 
 def read_encoder(model_dir: str) -> Encoder:
-    """Read the vocabulary of a folder. A tokenizer.json comes before vocab.json and merges.txt."""
+    """Read the vocabulary of a folder. tokenizer.json takes precedence over the other files."""
     path = os.path.join(model_dir, "tokenizer.json")
     settings = read_optional(model_dir, "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:  # saved by an old version
@@ -320,7 +321,7 @@ def tokenizer_from_vocabulary(path: str, settings: Json) -> Json:
         template = [{"SpecialToken": {"id": bos["content"]}}, *template]
     return {
         "model": {"vocab": read_json(path), "merges": read_merges(merges_path)},
-        "merges_path": merges_path,
+        "merges_path": merges_path,  # not a key of tokenizer.json: the file to name in errors
         "pre_tokenizer": {"add_prefix_space": settings.get("add_prefix_space")},
         "added_tokens": [{"content": name, "id": token_id} for name, token_id in added.items()],
         "post_processor": {"type": "TemplateProcessing", "single": template},
@@ -342,7 +343,11 @@ def check_tokenizer(tokenizer: Json, settings: Json, path: str) -> None:
 
 
 def encoder_from_tokenizer(tokenizer: Json, settings: Json, path: str) -> Encoder:
-    """Make an Encoder that does what a tokenizer.json says. path is for messages."""
+    """Make an Encoder that does what a tokenizer.json says.
+
+    path is the file to name in errors. The configuration in its folder says which ids start and
+    end a text.
+    """
     model = tokenizer["model"]
     merges = [read_merge(merge, path) for merge in model["merges"]]
     vocabulary = dict(model["vocab"])
@@ -400,7 +405,7 @@ def named_tokens(tokenizer: Json, settings: Json) -> dict[str, Json]:
         tokens.append(token | {"id": int(token_id)})
     special: list[Any] = [END_OF_TEXT]
     for key, value in settings.items():
-        if key.endswith("_token"):  # such as bos_token, or add_bos_token, which is no token
+        if key.endswith("_token"):  # also add_bos_token, whose value token_entry ignores
             special.append(value)
         elif key in ("extra_special_tokens", "additional_special_tokens"):
             special += value.values() if isinstance(value, dict) else value or []
@@ -442,7 +447,8 @@ def first_tokens(tokenizer: Json, path: str) -> list[str]:
 def configured_ids(model_dir: str, key: str, n_tokens: int) -> list[int] | None:
     """Read an id or a list of them, from generation_config.json or else config.json.
 
-    The result is empty for null, and None if none of the ids has a row in wte.
+    Returns [] for null. Returns None if none of the ids has a row in wte: Encoder then takes its
+    default.
     """
     config = read_optional(model_dir, "config.json")
     value = read_optional(model_dir, "generation_config.json").get(key)
@@ -451,6 +457,6 @@ def configured_ids(model_dir: str, key: str, n_tokens: int) -> list[int] | None:
     if value is None:
         return []
     n_rows = config.get("vocab_size", DEFAULTS["vocab_size"])
-    n_rows = min(n_rows, n_tokens)
+    limit = min(n_rows, n_tokens)
     ids = value if isinstance(value, list) else [value]
-    return [i for i in ids if type(i) is int and 0 <= i < n_rows] or None
+    return [i for i in ids if type(i) is int and 0 <= i < limit] or None

@@ -34,6 +34,35 @@ from encoder import GIT_LFS_POINTER, Encoder, get_encoder, read_json
 if TYPE_CHECKING:  # imported by the functions that need it: a model on disk is loaded without it
     import requests
 
+
+class Sizes(NamedTuple):
+    """The values of hparams.json, which determine the shape of every variable."""
+
+    n_vocab: int
+    n_ctx: int
+    n_embd: int
+    n_head: int
+    n_layer: int
+
+
+HPARAMS = Sizes._fields
+MAX_SIZE = 1_000_000  # no size in hparams.json may be larger
+MODEL_SIZES = {
+    "124M": Sizes(n_vocab=50257, n_ctx=1024, n_embd=768, n_head=12, n_layer=12),
+    "355M": Sizes(n_vocab=50257, n_ctx=1024, n_embd=1024, n_head=16, n_layer=24),
+    "774M": Sizes(n_vocab=50257, n_ctx=1024, n_embd=1280, n_head=20, n_layer=36),
+    "1558M": Sizes(n_vocab=50257, n_ctx=1024, n_embd=1600, n_head=25, n_layer=48),
+}
+OLD_NAMES = {  # other names of the published sizes
+    "117m": "124M",
+    "345m": "355M",
+    "762m": "774M",
+    "1542m": "1558M",
+    "1.5b": "1558M",
+}
+BUNDLED = "tiny"  # the model in this repository's own folder models
+TINY_SIZES = Sizes(n_vocab=1024, n_ctx=256, n_embd=128, n_head=4, n_layer=4)
+
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 FILES = {  # the files of a published model -> SHA-256 for 124M; no others are published
     "checkpoint": "dd1b025d2e155283f5e300ce95bf6d5b6bc0f7fe010db73daa6975eb896ab9cb",
@@ -47,32 +76,17 @@ FILES = {  # the files of a published model -> SHA-256 for 124M; no others are p
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 IN_EVERY_SIZE = ("encoder.json", "vocab.bpe")  # these are the same in all sizes
-
-
-class Sizes(NamedTuple):
-    """The values of hparams.json, which determine the shape of every variable."""
-
-    n_vocab: int
-    n_ctx: int
-    n_embd: int
-    n_head: int
-    n_layer: int
-
-
-HPARAMS = Sizes._fields
-BUNDLED = "tiny"  # the model in this repository's own folder models
+DATA_SUFFIX = ".data-00000-of-00001"  # of a checkpoint's only data file
+RECORD_SUFFIX = ".verified.json"  # of the record of its verification
+KNOWN_DATA = {  # SHA-256 of the data file
+    MODEL_SIZES["124M"]: FILES["model.ckpt" + DATA_SUFFIX],
+    TINY_SIZES: "02ce5e2c9d75fd413b78a0123dfc08a2033169d137308353d6cebc8f0762d895",
+}
 HUB_NAMES = {  # the published models on the Hugging Face Hub
     "124M": "openai-community/gpt2",
     "355M": "openai-community/gpt2-medium",
     "774M": "openai-community/gpt2-large",
     "1558M": "openai-community/gpt2-xl",
-}
-OLD_NAMES = {  # other names of the published sizes
-    "117m": "124M",
-    "345m": "355M",
-    "762m": "774M",
-    "1542m": "1558M",
-    "1.5b": "1558M",
 }
 HUB_FILES = [  # of a model on the Hub, without its weights
     "config.json",
@@ -85,20 +99,6 @@ HUB_FILES = [  # of a model on the Hub, without its weights
     "merges.txt",
     "model.safetensors.index.json",
 ]
-MAX_SIZE = 1_000_000  # no size in hparams.json may be larger
-MODEL_SIZES = {
-    "124M": Sizes(n_vocab=50257, n_ctx=1024, n_embd=768, n_head=12, n_layer=12),
-    "355M": Sizes(n_vocab=50257, n_ctx=1024, n_embd=1024, n_head=16, n_layer=24),
-    "774M": Sizes(n_vocab=50257, n_ctx=1024, n_embd=1280, n_head=20, n_layer=36),
-    "1558M": Sizes(n_vocab=50257, n_ctx=1024, n_embd=1600, n_head=25, n_layer=48),
-}
-DATA_SUFFIX = ".data-00000-of-00001"  # of a checkpoint's only data file
-RECORD_SUFFIX = ".verified.json"  # of the record of its verification
-_TINY = Sizes(n_vocab=1024, n_ctx=256, n_embd=128, n_head=4, n_layer=4)
-KNOWN_DATA = {  # SHA-256 of the data file
-    MODEL_SIZES["124M"]: FILES["model.ckpt" + DATA_SUFFIX],
-    _TINY: "02ce5e2c9d75fd413b78a0123dfc08a2033169d137308353d6cebc8f0762d895",
-}
 
 CHUNK_BYTES = 1 << 13  # read at a time; an interruption loses at most this
 TIMEOUT = (4, 10)  # seconds to connect, and between two pieces of an answer
@@ -136,7 +136,7 @@ def download_gpt2_files(model_size: str, model_dir: str) -> None:
     if not missing_files(model_dir):
         return
     base_url = get_base_url()
-    if is_unverified():
+    if allows_unverified():
         note(f"warning: GPT2_ALLOW_UNVERIFIED is set: SHA-256 is not checked in {model_dir}")
     import requests
 
@@ -165,14 +165,14 @@ def get_base_url() -> str:
     return base_url
 
 
-def is_unverified() -> bool:
+def allows_unverified() -> bool:
     """Return whether the user allows files with another SHA-256 than the published one."""
     return os.environ.get("GPT2_ALLOW_UNVERIFIED", "0") not in ("", "0")
 
 
 def known_sha256(model_size: str, name: str) -> str | None:
     """Return the SHA-256 that a file must have, None if none is published or the user skips it."""
-    if is_unverified():
+    if allows_unverified():
         return None
     if model_size == "124M" or name in IN_EVERY_SIZE:
         return FILES[name]
@@ -287,15 +287,15 @@ def download_file(session: "requests.Session", url: str, path: str, sha256: str 
 def fetch(session: "requests.Session", url: str, part: str) -> str | None:
     """Download url to part. Returns the MD5 that the server states, in hex.
 
-    Retries after a broken connection, as long as this makes progress. Raises ConnectionError if it
-    makes none, and for an answer that is not the file.
+    Resumes after a broken connection. Raises ConnectionError after too many attempts without
+    progress, and for an answer that is not the file.
     """
     import requests
     from requests.exceptions import ChunkedEncodingError
 
     longest = size_of(part)
     has_progressed = False
-    n_failures = 0  # in a row; a failure that made progress is counted as the first one
+    n_failures = 0  # since the last progress
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -324,7 +324,7 @@ def receive(session: "requests.Session", url: str, part: str) -> str | None:
 
 
 def request_rest(session: "requests.Session", url: str, part: str) -> "requests.Response":
-    """Request the rest of the file that part begins, or all of it where that is impossible."""
+    """Request what part lacks, or the whole file if part cannot be resumed."""
     version = read_version(part)
     if version:
         start = resume_at(part)
@@ -340,7 +340,7 @@ def request_rest(session: "requests.Session", url: str, part: str) -> "requests.
 def resume_at(part: str) -> int:
     """Return the offset of the last byte, which is requested again.
 
-    So a complete part, too, has a range to request and an answer that can be checked.
+    Otherwise a complete part would leave nothing to request, and no answer to check.
     """
     return max(size_of(part) - 1, 0)
 
@@ -508,7 +508,7 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[E
     folder, name = os.path.split(model_dir)
     encoder = get_encoder(name, folder)
     hparams = read_hparams(os.path.join(model_dir, "hparams.json"))
-    if is_published and not is_unverified():
+    if is_published and not allows_unverified():
         check_published(model_size, hparams, model_dir)
     n_tokens = len(encoder.decoder)
     if n_tokens != hparams["n_vocab"]:
@@ -566,7 +566,7 @@ def check_tensorflow(model_size: str, model_dir: str) -> None:
 
 
 def missing_model(model_dir: str, model_size: str) -> Exception:
-    """Return an error that says what is in the place of the model, or which models are there."""
+    """Return an error: what model_dir holds or, if it does not exist, which models do."""
     model_dir = os.path.abspath(model_dir)
     if os.path.isdir(model_dir):
         return FileNotFoundError(f"{model_dir} holds {what_is_there(model_dir)}")
@@ -714,6 +714,7 @@ def map_data_file(tf_ckpt_path: str, hparams: dict) -> dict[str, np.ndarray]:
     if data_files(tf_ckpt_path) != [tf_ckpt_path + DATA_SUFFIX]:
         return {}
     n_vocab, n_ctx, n_embd, _, n_layer = sizes_of(hparams)
+    # In closed form, because a damaged hparams.json may name a million layers.
     n_parameters = n_embd * (n_vocab + n_ctx + 2 + n_layer * (12 * n_embd + 13))
     with open(tf_ckpt_path + DATA_SUFFIX, "rb") as file:
         if os.fstat(file.fileno()).st_size != 4 * n_parameters:
@@ -843,26 +844,26 @@ def nest(variables: dict[str, np.ndarray], hparams: dict) -> dict[str, Any]:
 def read_with_tensorflow(tf_ckpt_path: str, hparams: dict, mapped: dict) -> dict[str, np.ndarray]:
     """Read GPT-2's variables through TensorFlow, which verifies them -> {name: array}.
 
-    Where an array of mapped is equal, it is taken instead.
+    Arrays in mapped that are equal are taken instead.
     """
     tf = import_tensorflow(tf_ckpt_path)
-    damaged = tf_ckpt_path + ".index"
+    suspect = tf_ckpt_path + ".index"  # the file to name in an error
     variables = {}
     try:
         with plain_path(tf_ckpt_path) as path:
             reader = tf.train.load_checkpoint(path)
             names = check_shapes(reader.get_variable_to_shape_map(), hparams, tf_ckpt_path)
-            damaged = " or ".join(data_files(tf_ckpt_path))
+            suspect = " or ".join(data_files(tf_ckpt_path))
             for name in progress_bar(names, "first load"):
                 array = np.asarray(reader.get_tensor(name), np.float32)
                 if name in mapped and is_equal_by_bits(array, mapped[name]):
                     array = mapped[name]
                 variables[name] = array
     except (tf.errors.OpError, RuntimeError, IndexError) as error:  # IndexError: the data is cut
-        reason = str(error).splitlines()[0]
-        if "No such file" in reason:  # one of several data files
-            raise FileNotFoundError(reason) from None
-        raise ValueError(f"{damaged} is damaged: {reason}; {REPLACE}") from None
+        problem = str(error).splitlines()[0]
+        if "No such file" in problem:  # one of several data files
+            raise FileNotFoundError(problem) from None
+        raise ValueError(f"{suspect} is damaged: {problem}; {REPLACE}") from None
     return variables
 
 
@@ -888,7 +889,7 @@ def import_tensorflow(tf_ckpt_path: str) -> Any:
 def plain_path(path: str) -> Iterator[str]:
     """Yield path, or the path of links to its files if TensorFlow cannot use it as it is.
 
-    It would treat path as a pattern, and it only takes UTF-8.
+    TensorFlow treats path as a pattern, and accepts only UTF-8.
     """
     if not re.search(r"[*?\[\]\\\ud800-\udfff]", path.replace(os.sep, "/")):
         yield path
@@ -950,12 +951,12 @@ def ask_hub(function: Callable, name: str, **options: Any) -> Any:
     except Exception as error:
         response = getattr(error, "response", None)
         status = getattr(response, "status_code", None)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        problem = (str(error).strip() or type(error).__name__).splitlines()[0]
     if status in (401, 403):
-        reason = "it does not exist, or it is private or gated and needs a token in HF_TOKEN"
+        problem = "it does not exist, or it is private or gated and needs a token in HF_TOKEN"
     elif status == 404:
-        reason = "it does not exist"
-    raise ConnectionError(f"cannot download {name} from the Hugging Face Hub: {reason}")
+        problem = "it does not exist"
+    raise ConnectionError(f"cannot download {name} from the Hugging Face Hub: {problem}")
 
 
 # The terminal, shared by gpt2.py and the examples
@@ -1056,7 +1057,7 @@ def robust_streams() -> Iterator[None]:
 
 
 def open_stream(name: str, mode: str) -> None:
-    """Replace a standard stream that is closed by the null device.
+    """Open the null device in place of a standard stream that is closed.
 
     Otherwise the next file that is opened would get its descriptor, and messages would be written
     into that file.

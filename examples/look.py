@@ -205,31 +205,29 @@ class Figures(NamedTuple):
     bits_per_byte: float | None
 
 
-@no_warnings
 def figures(reading: Reading, encoder: Encoder) -> Figures:
     """Return the figures of a reading. The start does not count."""
     bits = [each["bits"] for each in reading["predictions"][:-1]]
     if not bits:
         return Figures(0, None, None)
     n_bytes = len(encoder.decode_bytes(reading["ids"][1:]))
-    return Figures(
-        n_tokens=len(bits),
-        perplexity=float(np.exp2(np.mean(bits))),
-        bits_per_byte=sum(bits) / n_bytes,
-    )
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp2(np.mean(bits)))
+    return Figures(len(bits), perplexity, sum(bits) / n_bytes)
 
 
 # Tokens as text
 
 
 def visible(text: str, keep: str = "") -> str:
-    r"""Write what would act instead of being seen as escapes: a line break as \n, a byte as \xf0.
+    r"""Write invisible characters and bytes as escapes: a line break as \n, a byte as \xf0.
 
     A backslash is doubled. keep: characters to leave as they are. Bytes are lone surrogates, as
     the error handler "surrogateescape" makes them.
     """
-    # \X is a character as people see it: an emoji may consist of several code points.
-    characters = regex.findall(r"\X", text)
+    # \X is a character as people see it: an emoji may consist of several code points. A lone byte
+    # stays apart from an accent after it.
+    characters = regex.findall(r"\p{Cs}|\X", text)
     return "".join(visible_character(each, keep) for each in characters)
 
 
@@ -345,7 +343,7 @@ def n_columns(text: str) -> int:
 
 
 def padded(text: str, width: int) -> str:
-    """Cut or pad text to so many columns of a terminal."""
+    """Cut or pad text to width columns of a terminal."""
     if n_columns(text) > width:
         while n_columns(text) > width - 1:
             text = text[:-1]
@@ -402,9 +400,9 @@ def likeliest_lines(following: Prediction, encoder: Encoder) -> list[str]:
 
 
 def bar(share: float, width: int = 30) -> str:
-    """Return a bar of at most so many columns, in steps of an eighth."""
+    """Return a bar of at most width columns, in steps of an eighth."""
     eighths = max(1, round(8 * width * share))
-    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+    return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
 
 
 def summary(reading: Reading, encoder: Encoder) -> str:
@@ -490,7 +488,7 @@ def opening_place(reading: Reading, lens: Lens, encoder: Encoder) -> int:
     places = [i for i in range(1, len(ids)) if re.match(r" [^\W\d_]{2}", encoder.decode([ids[i]]))]
     if not places:
         places = list(range(2, len(ids))) or [1]
-    early = lens[min(1, len(lens) - 2)]
+    early = lens[min(1, len(lens) - 2)]  # after the first layer; before it if it is the last one
 
     def rise(place: int) -> float:
         before = early[place - 1]
@@ -590,7 +588,7 @@ def check_place(path: str) -> None:
     """Raise OSError if write_whole could not write to this path. Called before the work."""
     if not os.path.basename(path):
         raise UsageError(f"--html needs the name of a file, got {path!r}")
-    with clear_errors(path):
+    with named_errors(path):
         if os.path.isdir(path):
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         if os.path.exists(path) and not os.access(path, os.W_OK):
@@ -603,7 +601,7 @@ def check_place(path: str) -> None:
 
 def write_whole(path: str, text: str) -> None:
     """Write a file whole or not at all. Links are followed. Devices and pipes are written into."""
-    with clear_errors(path):
+    with named_errors(path):
         if is_standard_output(path):  # opened again, a file would be written from its start
             output = sys.stdout.fileno()
             with open(output, "w", encoding="utf-8", closefd=False) as file:
@@ -615,7 +613,8 @@ def write_whole(path: str, text: str) -> None:
 
 
 @contextlib.contextmanager
-def clear_errors(path: str) -> Iterator[None]:
+def named_errors(path: str) -> Iterator[None]:
+    """Turn an OSError into one that names the file which cannot be written."""
     try:
         yield
     except BrokenPipeError:  # the reader needs no more

@@ -44,14 +44,15 @@ from encoder import Encoder
 from utils import (
     UsageError,
     complain,
+    find_model_dir,
     load_encoder_hparams_and_params,
     progress_bar,
     run_command,
 )
 
 BATCH_TOKENS = 512  # padding included: fewer are slower, more need more memory and are no faster
-WINDOW_LINES = 2048  # texts are sorted by length within so many lines of the input
-WINDOW_BYTES = 1 << 18  # or within so many bytes, if that is less
+WINDOW_LINES = 2048  # texts are sorted by length within windows of this many lines
+WINDOW_BYTES = 1 << 18  # or of this many bytes, if that is less
 HEAD_BYTES = 1 << 16  # the beginning of the input, which shows its format
 CHUNK_BYTES = 1 << 16
 CONNECT_SECONDS = 10
@@ -91,7 +92,7 @@ class Job:
 
 
 class OpenFiles(contextlib.ExitStack):
-    """Closes files at its end."""
+    """Files that are closed together, at the end of a with block."""
 
     def open(self, path: str, mode: str) -> Any:
         return self.enter_context(open(path, mode))
@@ -104,10 +105,7 @@ class Line(NamedTuple):
 
 
 class Input:
-    """The lines of a corpus and their encoding. Raises ValueError if the file is not text.
-
-    open_files: closes the files at its end.
-    """
+    """The lines of a corpus and their encoding. Raises ValueError if the file is not text."""
 
     def __init__(self, path: str, open_files: OpenFiles):
         if path == "-":
@@ -256,160 +254,6 @@ def windows(lines: Iterable[Line]) -> Iterator[list[Line]]:
         yield window
 
 
-# From a line to a Text
-
-
-def is_text(line: bytes, encoding: str) -> bool:
-    try:
-        return "\0" not in decode(line, encoding)
-    except ValueError:
-        return False
-
-
-def decode(line: bytes, encoding: str) -> str:
-    """Decode a line and remove its end. Raises ValueError with a reason."""
-    name = encoding[:6].upper()  # without the order of the bytes
-    try:
-        text = line.decode(encoding)
-    except UnicodeDecodeError as error:
-        reason = f"invalid {name}: {error.reason} at byte {error.start}"
-        raise ValueError(reason) from None
-    if text.count("\0") > 0.4 * len(text):  # UTF-16 without a mark is valid UTF-8
-        raise ValueError(f"invalid {name}: too many NUL characters")
-    return text.removesuffix("\n").removesuffix("\r")
-
-
-@dataclass
-class Parsed:
-    """The content of a line. If there is an error, there is no text."""
-
-    fields: dict[str, Any] = field(default_factory=dict)  # the other ones
-    text: str = ""
-    context: str = ""
-    error: str | None = None
-
-
-def parse(line: bytes, encoding: str, job: Job) -> Parsed:
-    """Parse a line of the input."""
-    parsed = Parsed()
-    try:
-        content = decode(line, encoding)
-        if job.field is None:
-            parsed.text = content
-        else:
-            parse_json(content, job, parsed)
-    except RecursionError:
-        parsed.error = "invalid JSON: too deeply nested"
-    except json.JSONDecodeError as error:
-        parsed.error = f"invalid JSON: {error}"
-    except ValueError as error:
-        parsed.error = str(error)
-    return parsed
-
-
-def parse_json(content: str, job: Job, parsed: Parsed) -> None:
-    document = json.loads(content)
-    if not isinstance(document, dict):
-        raise ValueError("the line is not a JSON object")
-    names = job.our_fields() | {job.field, job.context_field}
-    others = {name: value for name, value in document.items() if name not in names}
-    json.dumps(others, allow_nan=False)  # Python also reads NaN and Infinity, which JSON forbids
-    parsed.fields = others
-    assert job.field is not None
-    parsed.text = string(document, job.field)
-    if job.context_field is not None:
-        parsed.context = string(document, job.context_field)
-
-
-def string(document: dict, name: str) -> str:
-    if name not in document:
-        raise ValueError(f"no field {json.dumps(name)}")
-    if not isinstance(document[name], str):
-        raise ValueError(f"{json.dumps(name)} is not a string")
-    return document[name]
-
-
-@dataclass(eq=False)
-class Row:
-    """Ids for the model, which predicts the last n_targets of them."""
-
-    ids: list[int]
-    n_targets: int
-    is_written: bool = False  # by an earlier run; it may still be needed to fill a batch
-    scores: "Scores | None" = None
-
-
-@dataclass(eq=False)
-class Text:
-    """A line of the input on its way to the output."""
-
-    line: Line
-    is_written: bool  # by an earlier run
-    parsed: Parsed
-    ids: list[int] = field(default_factory=list)  # of the text, without what stands before it
-    rows: list[Row] = field(default_factory=list)
-
-    def is_scored(self) -> bool:
-        return all(row.scores is not None for row in self.rows)
-
-
-def to_text(line: Line, is_written: bool, encoding: str, job: Job, model: "Model") -> Text:
-    """Parse and encode a line."""
-    text = Text(line, is_written, parse(line.content, encoding, job))
-    if text.parsed.error is None:
-        try:
-            encode(text, job, model)
-        except ValueError as error:  # a character that the vocabulary lacks
-            text.parsed.error = str(error)
-    return text
-
-
-def encode(text: Text, job: Job, model: "Model") -> None:
-    """Encode a text after its context by the rule of lm-evaluation-harness.
-
-    White space at the end of the context belongs to the text, and both are encoded together.
-    """
-    parsed = text.parsed
-    context = parsed.context.rstrip()
-    parsed.text = parsed.context[len(context) :] + parsed.text
-    context_ids = model.encoder.encode(context)
-    text.ids = model.encoder.encode(context + parsed.text)[len(context_ids) :]
-    if not context:
-        context_ids = model.start_ids
-    text.rows = to_rows(context_ids, text.ids, job.end, model)
-    for row in text.rows:
-        row.is_written = text.is_written
-
-
-def to_rows(context_ids: list[int], ids: list[int], with_end: bool, model: "Model") -> list[Row]:
-    """Return the Rows for a text after its context, and for end-of-text after it."""
-    n_ctx = model.hparams["n_ctx"]
-    end = [model.end_id] if with_end else []
-    if len(ids) > n_ctx:  # no context fits
-        return split([*model.start_ids, *ids, *end], len(model.start_ids), n_ctx)
-    whole = [*context_ids, *ids][-(n_ctx + 1) :]
-    if len(whole) + len(end) <= n_ctx + 1:
-        rows = [Row(whole + end, len(ids) + len(end))]
-    else:
-        rows = [Row(whole, len(ids)), Row(whole[-n_ctx:] + end, 1)]
-    return [row for row in rows if row.n_targets]
-
-
-def split(ids: list[int], n_context: int, n_ctx: int) -> list[Row]:
-    """Split ids, of which all but the first n_context are scored, as `gpt2.log_probs` does."""
-    n_window = max(n_ctx, 2)
-    rows = []
-    start = 0
-    n_scored = n_context
-    while n_scored < len(ids):
-        window = ids[start : start + n_window]
-        n_targets = start + len(window) - n_scored
-        rows.append(Row(window, n_targets))
-        n_scored += n_targets
-        start += max(n_ctx // 2, 1)
-    return rows
-
-
 # The model
 
 
@@ -446,9 +290,9 @@ def load(model_size: str, models_dir: str, identity: str | None = None) -> Model
 
     Raises ValueError if the identity differs even then.
     """
-    folder = os.path.join(models_dir, model_size)
     with LOAD_LOCK:
         model = read_model(model_size, models_dir)
+        folder = find_model_dir(model_size, models_dir)
         if model.files != weight_files(folder) or identity not in (None, model.identity):
             read_model.cache_clear()
             model = read_model(model_size, models_dir)
@@ -459,7 +303,7 @@ def load(model_size: str, models_dir: str, identity: str | None = None) -> Model
 
 @functools.lru_cache(maxsize=1)
 def read_model(model_size: str, models_dir: str) -> Model:
-    files = weight_files(os.path.join(models_dir, model_size))
+    files = weight_files(find_model_dir(model_size, models_dir))
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     if encoder.start_id is None and not encoder.first_ids:
         raise ValueError("the vocabulary has no <|endoftext|>, which goes before each text")
@@ -503,6 +347,161 @@ def add_to_digest(digest: Any, value: Any) -> None:
         digest.update(np.ascontiguousarray(value))
     else:
         digest.update(f"{getattr(value, '__name__', value)} ".encode())
+
+
+# From a line to a Text
+
+
+def is_text(line: bytes, encoding: str) -> bool:
+    try:
+        return "\0" not in decode(line, encoding)
+    except ValueError:
+        return False
+
+
+def decode(line: bytes, encoding: str) -> str:
+    """Decode a line and remove its end. Raises ValueError with a reason."""
+    name = encoding[:6].upper()  # without the order of the bytes
+    try:
+        text = line.decode(encoding)
+    except UnicodeDecodeError as error:
+        reason = f"invalid {name}: {error.reason} at byte {error.start}"
+        raise ValueError(reason) from None
+    if text.count("\0") > 0.4 * len(text):  # UTF-16 without a mark is valid UTF-8
+        raise ValueError(f"invalid {name}: too many NUL characters")
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+@dataclass
+class Parsed:
+    """The content of a line. If there is an error, there is no text."""
+
+    fields: dict[str, Any] = field(default_factory=dict)  # all others, copied to the output
+    text: str = ""
+    context: str = ""
+    error: str | None = None
+
+
+def parse(line: bytes, encoding: str, job: Job) -> Parsed:
+    """Parse a line of the input."""
+    parsed = Parsed()
+    try:
+        content = decode(line, encoding)
+        if job.field is None:
+            parsed.text = content
+        else:
+            parse_json(content, job, parsed)
+    except RecursionError:
+        parsed.error = "invalid JSON: too deeply nested"
+    except json.JSONDecodeError as error:
+        parsed.error = f"invalid JSON: {error}"
+    except ValueError as error:
+        parsed.error = str(error)
+    return parsed
+
+
+def parse_json(content: str, job: Job, parsed: Parsed) -> None:
+    document = json.loads(content)
+    if not isinstance(document, dict):
+        raise ValueError("the line is not a JSON object")
+    names = job.our_fields() | {job.field, job.context_field}
+    others = {name: value for name, value in document.items() if name not in names}
+    json.dumps(others, allow_nan=False)  # Python also reads NaN and Infinity, which JSON forbids
+    parsed.fields = others
+    assert job.field is not None
+    parsed.text = string_field(document, job.field)
+    if job.context_field is not None:
+        parsed.context = string_field(document, job.context_field)
+
+
+def string_field(document: dict, name: str) -> str:
+    """Return a field of a JSON object. Raises ValueError unless it is a string."""
+    if name not in document:
+        raise ValueError(f"no field {json.dumps(name)}")
+    if not isinstance(document[name], str):
+        raise ValueError(f"{json.dumps(name)} is not a string")
+    return document[name]
+
+
+@dataclass(eq=False)
+class Row:
+    """Ids for the model, which predicts the last n_targets of them."""
+
+    ids: list[int]
+    n_targets: int
+    is_written: bool = False  # by an earlier run; it may still be needed to fill a batch
+    scores: "Scores | None" = None
+
+
+@dataclass(eq=False)
+class Text:
+    """A line of the input on its way to the output."""
+
+    line: Line
+    is_written: bool  # by an earlier run
+    parsed: Parsed
+    ids: list[int] = field(default_factory=list)  # of the text, without what stands before it
+    rows: list[Row] = field(default_factory=list)
+
+    def is_scored(self) -> bool:
+        return all(row.scores is not None for row in self.rows)
+
+
+def to_text(line: Line, is_written: bool, encoding: str, job: Job, model: Model) -> Text:
+    """Parse and encode a line."""
+    text = Text(line, is_written, parse(line.content, encoding, job))
+    if text.parsed.error is None:
+        try:
+            encode(text, job, model)
+        except ValueError as error:  # a character that the vocabulary lacks
+            text.parsed.error = str(error)
+    return text
+
+
+def encode(text: Text, job: Job, model: Model) -> None:
+    """Encode a text after its context by the rule of lm-evaluation-harness.
+
+    White space at the end of the context belongs to the text, and both are encoded together.
+    """
+    parsed = text.parsed
+    context = parsed.context.rstrip()
+    parsed.text = parsed.context[len(context) :] + parsed.text
+    context_ids = model.encoder.encode(context)
+    text.ids = model.encoder.encode(context + parsed.text)[len(context_ids) :]
+    if not context:
+        context_ids = model.start_ids
+    text.rows = to_rows(context_ids, text.ids, job.end, model)
+    for row in text.rows:
+        row.is_written = text.is_written
+
+
+def to_rows(context_ids: list[int], ids: list[int], with_end: bool, model: Model) -> list[Row]:
+    """Return the Rows for a text after its context, and for end-of-text after it."""
+    n_ctx = model.hparams["n_ctx"]
+    end = [model.end_id] if with_end else []
+    if len(ids) > n_ctx:  # no context fits
+        return split([*model.start_ids, *ids, *end], len(model.start_ids), n_ctx)
+    whole = [*context_ids, *ids][-(n_ctx + 1) :]
+    if len(whole) + len(end) <= n_ctx + 1:
+        rows = [Row(whole + end, len(ids) + len(end))]
+    else:  # the end gets a row of its own, so that it does not change the scores of the text
+        rows = [Row(whole, len(ids)), Row(whole[-n_ctx:] + end, 1)]
+    return [row for row in rows if row.n_targets]
+
+
+def split(ids: list[int], n_context: int, n_ctx: int) -> list[Row]:
+    """Split ids, of which all but the first n_context are scored, as `gpt2.log_probs` does."""
+    n_window = max(n_ctx, 2)
+    rows = []
+    start = 0
+    n_scored = n_context
+    while n_scored < len(ids):
+        window = ids[start : start + n_window]
+        n_targets = start + len(window) - n_scored
+        rows.append(Row(window, n_targets))
+        n_scored += n_targets
+        start += max(n_ctx // 2, 1)
+    return rows
 
 
 # Scoring
@@ -559,7 +558,8 @@ def score(batch: Batch) -> Scores:
     scores = Scores(-found.log_probs, found.is_likeliest)
     if not np.isfinite(scores.nats).all():
         raise ValueError("the logits are not finite: the parameters are damaged")
-    if model.files != weight_files(os.path.join(batch.models_dir, batch.model_size)):
+    folder = find_model_dir(batch.model_size, batch.models_dir)
+    if model.files != weight_files(folder):
         raise ValueError(f"the files of {batch.model_size} were changed during the run")
     return scores
 
@@ -677,24 +677,24 @@ def scored_texts(
     waiting: collections.deque[Text] = collections.deque()
     running: collections.deque[Running] = collections.deque()
 
-    def finished(n_running: int) -> Iterator[Text]:
-        """Wait until only n_running batches are left, then yield the texts that are complete."""
-        while len(running) > n_running:
+    def finished(max_running: int) -> Iterator[Text]:
+        """Wait until at most max_running batches are left, then yield the complete texts."""
+        while len(running) > max_running:
             oldest = running.popleft()
             set_scores(oldest.rows, oldest.future.result())
         while waiting and waiting[0].is_scored():
             yield waiting.popleft()
 
     for texts in text_windows:
-        n_running = 4 * max(1, pool.count_slots())
+        max_running = 4 * max(1, pool.count_slots())
         waiting.extend(text for text in texts if not text.is_written)
         for rows in batches(texts):
             if not all(row.is_written for row in rows):
                 running.append(Running(rows, pool.submit(to_batch(rows))))
-                yield from finished(n_running)
-        if len(waiting) >= n_running * BATCH_TOKENS:  # lines without a text fill no batch
-            n_running = 0
-        yield from finished(n_running)
+                yield from finished(max_running)
+        if len(waiting) >= max_running * BATCH_TOKENS:  # lines without a text fill no batch
+            max_running = 0
+        yield from finished(max_running)
     yield from finished(0)
 
 
@@ -791,7 +791,7 @@ class Output:
     def check(self, line: Line) -> bool:
         """Tell whether an earlier run wrote the result of this line.
 
-        Raises ValueError if it wrote that of another line.
+        Raises ValueError if it wrote the result of another line.
         """
         if self.record is None or not self.earlier.endswith(b"\n"):
             return False
@@ -815,7 +815,7 @@ class Output:
     def count(self, result: bytes) -> None:
         self.n_lines += 1
         self.n_bytes += len(result)
-        if result.endswith(b'"}\n'):  # only an error is a string
+        if result.endswith(b'"}\n'):  # only the line of an error ends with a string
             self.n_errors += 1
 
     def write(self, line: Line, result: bytes) -> None:
@@ -837,8 +837,8 @@ class Output:
         self.count(result)
 
     def start(self, result: bytes = b"") -> None:
-        """Remove what is left of a line, and open the record. result: the whole of that line."""
-        head = result.partition(b', "nats"')[0]
+        """Remove an incomplete last line, and open the record. result: the complete line."""
+        head = result.partition(b', "nats"')[0]  # the figures may differ in their last digits
         if not self.earlier.startswith(head) and not head.startswith(self.earlier):
             raise self.refusal(f"the last line of {self.path} is for another input")
         if self.earlier:
@@ -870,6 +870,7 @@ def read_texts(
     for window in windows(source.lines()):
         are_written = [output.check(line) for line in window]
         if all(are_written):
+            # What an earlier run has written does not count for the estimated time.
             position = window[-1].position
             bar.n = bar.initial = bar.last_print_n = position
             continue
@@ -943,7 +944,7 @@ def count_threads() -> int:
 
 
 def run(options: argparse.Namespace, open_files: OpenFiles) -> Output:
-    """Score the input. open_files: closes the files at its end."""
+    """Score the input. open_files keeps the files that this opens."""
     source = Input(options.input, open_files)
     models_dir = os.path.abspath(options.models_dir)  # workers may run in another folder
     model = load(options.model_size, models_dir)

@@ -3,7 +3,7 @@
     python examples/train.py my.txt models/mine
     python gpt2.py "Once" --model_size mine
 
-models/tiny was made so, on tiny Shakespeare. `--help` lists the options.
+models/tiny was made this way, from tiny Shakespeare. `--help` lists the options.
 
 The end of the text is held out: the model is not trained on it, and the weights that predict it
 best are saved. To compute their loss from the saved files, cut the ids of the held-out text into
@@ -31,20 +31,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 import numpy as np
 
 from encoder import BYTE_CHARS, WORD
-from utils import UsageError, complain, progress_bar, read_text, run_command
+from utils import (
+    HPARAMS,
+    MAX_SIZE,
+    UsageError,
+    complain,
+    progress_bar,
+    read_text,
+    run_command,
+)
 
 # TensorFlow is imported inside the functions that use it: the import takes seconds and prints
 # lines, so --help and errors in the arguments come before it.
 
 PROGRAM = "train.py"
-SIZES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
-LARGEST_SIZE = 1_000_000  # utils.py loads no model with more
 LARGEST_SEED = 2**32 - 1  # TensorFlow takes no larger one
 END = "<|endoftext|>"
 
 Symbols = list[str]  # a word in pieces, each byte written as one character
 Pair = tuple[str, str]
-Sizes = dict[str, int]  # {name in SIZES: number}
+Hparams = dict[str, int]  # {name in HPARAMS: number}
 Weights = dict[str, Any]  # {name in the checkpoint: array or variable}
 
 
@@ -175,7 +181,7 @@ class Tokenizer:
 # D = C / H, V = n_vocab.
 
 
-def initial_weights(hparams: Sizes, rng: np.random.Generator) -> Weights:
+def initial_weights(hparams: Hparams, rng: np.random.Generator) -> Weights:
     """Draw the weights as the GPT-2 paper says -> {name: float32 array}.
 
     The more layers, the smaller are the projections that add to the residual stream.
@@ -269,7 +275,7 @@ def mlp(x, weights: Weights, name: str):
     return linear(gelu(hidden), weights, f"{name}/c_proj")
 
 
-def gpt2(ids, weights: Weights, hparams: Sizes, drop: float = 0.0):
+def gpt2(ids, weights: Weights, hparams: Hparams, drop: float = 0.0):
     """Predict the next id at each position: ids [B, T] -> logits [B, T, V].
 
     drop: the rate of dropout.
@@ -294,7 +300,7 @@ def gpt2(ids, weights: Weights, hparams: Sizes, drop: float = 0.0):
     return tf.tensordot(x, tf.transpose(wte), 1)
 
 
-def summed_loss(windows, weights: Weights, hparams: Sizes, drop: float = 0.0):
+def summed_loss(windows, weights: Weights, hparams: Hparams, drop: float = 0.0):
     """Sum -log p, in nats, of all ids in windows [B, T + 1] but the first of each window."""
     import tensorflow as tf
 
@@ -345,7 +351,7 @@ class Trainer:
         import tensorflow as tf
 
         self.options = options
-        self.hparams = sizes_of(options)
+        self.hparams = hparams_of(options)
         start = initial_weights(self.hparams, rng)
         zeros = {name: 0 * start[name] for name in start}
         self.weights = as_variables(start)
@@ -427,7 +433,7 @@ class Trainer:
 class Best:
     """The weights with the lowest held-out loss so far, and the folder that they are saved in."""
 
-    def __init__(self, model_dir: Path, tokenizer: Tokenizer, hparams: Sizes):
+    def __init__(self, model_dir: Path, tokenizer: Tokenizer, hparams: Hparams):
         self.model_dir = model_dir
         self.tokenizer = tokenizer
         self.hparams = hparams
@@ -736,10 +742,10 @@ def check_options(options: argparse.Namespace) -> None:
         if not is_valid:
             raise UsageError(f"--{name} must be {words}, got {getattr(options, name)}")
 
-    for name in (*SIZES, "steps", "batch"):
+    for name in (*HPARAMS, "steps", "batch"):
         value = getattr(options, name)
         require(value >= 1, name, "at least 1")
-        require(name == "steps" or value <= LARGEST_SIZE, name, f"at most {LARGEST_SIZE}")
+        require(name == "steps" or value <= MAX_SIZE, name, f"at most {MAX_SIZE}")
     require(options.n_vocab >= 257, "n_vocab", "at least 257, for 256 bytes and <|endoftext|>")
     is_multiple = options.n_embd % options.n_head == 0
     require(is_multiple, "n_embd", f"a multiple of --n_head {options.n_head}")
@@ -751,21 +757,22 @@ def check_options(options: argparse.Namespace) -> None:
     require(0 <= options.seed <= LARGEST_SEED, "seed", f"from 0 to {LARGEST_SEED}")
 
 
-def sizes_of(options: argparse.Namespace) -> Sizes:
+def hparams_of(options: argparse.Namespace) -> Hparams:
     """Return the hparams of the model."""
-    return {name: getattr(options, name) for name in SIZES}
+    return {name: getattr(options, name) for name in HPARAMS}
 
 
-def check_tensorflow() -> None:
-    """Import TensorFlow. Raises ImportError with the command that installs it."""
+def import_tensorflow() -> Any:
+    """Return the module. Raises ImportError with the command that installs it."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        import tensorflow  # noqa: F401
+        import tensorflow
     except ImportError as error:
         raise ImportError(
             f"training needs TensorFlow, which cannot be imported ({error}); "
             "install it with: pip install -r requirements.txt"
         ) from None
+    return tensorflow
 
 
 def check_target(model_dir: Path) -> None:
@@ -805,9 +812,7 @@ def command(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     text = read_text(options.text)
     check_target(options.model_dir)
-    check_tensorflow()
-    import tensorflow as tf
-
+    tf = import_tensorflow()
     cut = cut_text(text, options.held_out)
     held_out = text[cut:]
     text = text[:cut]
