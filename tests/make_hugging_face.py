@@ -199,6 +199,13 @@ def end_results():
     return found
 
 
+def special_ids(tokenizer):
+    """The ids of the tokens that are named as special or have that flag."""
+    added = tokenizer.added_tokens_decoder.items()
+    flagged = {token_id for token_id, token in added if token.special}
+    return sorted(flagged.union(tokenizer.all_special_ids))
+
+
 def tokenizer_results():
     """{name: ids of KIND_TEXTS}, from transformers and, where these differ, from tokenizers.
 
@@ -217,6 +224,7 @@ def tokenizer_results():
             try:
                 tokenizer = AutoTokenizer.from_pretrained(folder)
                 found[name] = {"transformers": [tokenizer.encode(text) for text in KIND_TEXTS]}
+                found[name]["special"] = special_ids(tokenizer)
             except Exception as error:
                 print(name, "-> transformers:", str(error)[:150])
                 found[name] = {}

@@ -231,6 +231,8 @@ def test_each_setting_of_a_tokenizer_is_obeyed_or_refused(copy, name):
     oracle = EXPECTED["tokenizers"][name]
     found = [encoder.encode(text, allowed_special="all") for text in KIND_TEXTS]
     assert found == oracle.get("transformers", oracle.get("tokenizers"))
+    if "special" in oracle:
+        assert sorted(encoder.special_tokens.values()) == oracle["special"]
 
 
 def test_most_settings_of_a_tokenizer_are_obeyed():
