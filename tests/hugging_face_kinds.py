@@ -9,17 +9,9 @@ from dataclasses import dataclass, field
 
 REMOVE = "(remove this key)"
 KIND_TEXTS = [
-    *(
-        "",
-        " ",
-        "the",
-        " the",
-        "\nthe",
-        "The don't THE 12 z",
-        "a<|endoftext|> the",
-        "Juliet Juliets",
-    ),
-    *("<|endoftext|>", "<|user name|> the<|user name|>x", "<s>the</s>", "a <mask> the"),
+    *("", " ", "the", " the", "\nthe", "The don't THE 12 z", "a<|endoftext|> the"),
+    *("Juliet Juliets", "<|endoftext|>", "<|user name|> the<|user name|>x", "<s>the</s>"),
+    "a <mask> the",
 ]
 
 
@@ -64,12 +56,6 @@ def decoder(*tokens):
 END = token("<|endoftext|>", 286, True)
 USER = token("<|user name|>", 287, True)
 JULIET = token("Juliet", 288)
-BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": True,
-}
 
 
 def template(*pieces):
@@ -78,20 +64,25 @@ def template(*pieces):
     for piece in pieces:
         kind = "Sequence" if piece == "A" else "SpecialToken"
         single.append({kind: {"id": piece, "type_id": 0}})
-    ids = {"<|endoftext|>": 286, "<|user name|>": 287}
-    special = {
-        name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in pieces if name != "A"
-    }
     pair = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    special = {}
+    for entry in (END, USER):
+        name = entry["content"]
+        special[name] = {"id": name, "ids": [entry["id"]], "tokens": [name]}
     return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
 
 
-def in_tokenizer(refused=None, config=None, **settings):
+def fast(refused=None, config=None, **settings):
     """A kind of the folder tokenizer_json. In the settings, __ stands for a dot."""
     edits = {"tokenizer.json": {key.replace("__", "."): value for key, value in settings.items()}}
     if config:
         edits["tokenizer_config.json"] = config
     return Kind("tokenizer_json", edits, refused)
+
+
+def added(entry, refused=None):
+    """A kind of the folder tokenizer_json with one more added token."""
+    return fast(refused, added_tokens=[END, USER, entry])
 
 
 def in_config(refused=None, **settings):
@@ -109,108 +100,59 @@ def slow(refused=None, map_=None, added=None, **settings):
     return Kind("added_tokens", edits, refused)
 
 
+OFFSETS = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+CUT = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+PREFIX = {"add_prefix_space": True}
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
 TOKENIZERS = {
-    "as saved by transformers 5": in_tokenizer(),
-    "prefix space": in_tokenizer(
-        pre_tokenizer__add_prefix_space=True, config={"add_prefix_space": True}
-    ),
-    "prefix space in tokenizer.json only": in_tokenizer(
+    "as saved by transformers 5": fast(),
+    "prefix space": fast(pre_tokenizer__add_prefix_space=True, config=PREFIX),
+    "prefix space in tokenizer.json only": fast(
         "add_prefix_space", pre_tokenizer__add_prefix_space=True
     ),
-    "prefix space in tokenizer_config.json only": in_config(
-        "add_prefix_space", add_prefix_space=True
-    ),
+    "prefix space in tokenizer_config.json only": in_config("add_prefix_space", **PREFIX),
     "prefix space is null": in_config(add_prefix_space=None),
-    "offsets": in_tokenizer(pre_tokenizer__trim_offsets=False),
-    "without use_regex": in_tokenizer(pre_tokenizer__use_regex=REMOVE),
-    "words are not split": in_tokenizer("use_regex", pre_tokenizer__use_regex=False),
-    "lower case": in_tokenizer("normalizer", normalizer={"type": "Lowercase"}),
-    "NFC": in_tokenizer("normalizer", normalizer={"type": "NFC"}),
-    "prepended": in_tokenizer("normalizer", normalizer={"type": "Prepend", "prepend": "x"}),
-    "white space": in_tokenizer("pre_tokenizer.type", pre_tokenizer={"type": "Whitespace"}),
-    "metaspace": in_tokenizer(
-        "pre_tokenizer.type",
-        pre_tokenizer={"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"},
+    "offsets": fast(pre_tokenizer__trim_offsets=False),
+    "without use_regex": fast(pre_tokenizer__use_regex=REMOVE),
+    "words are not split": fast("use_regex", pre_tokenizer__use_regex=False),
+    "lower case": fast("normalizer", normalizer={"type": "Lowercase"}),
+    "NFC": fast("normalizer", normalizer={"type": "NFC"}),
+    "single digits": fast("pre_tokenizer.type", pre_tokenizer={"type": "Sequence"}),
+    "no splitter": fast("pre_tokenizer.type", pre_tokenizer=None),
+    "no post-processor": fast(post_processor=None),
+    "post-processor for offsets": fast(post_processor={"type": "ByteLevel"} | OFFSETS),
+    "bos": fast(post_processor=template("<|endoftext|>", "A")),
+    "two tokens first": fast(post_processor=template("<|endoftext|>", "<|user name|>", "A")),
+    "eos": fast("post_processor.single", post_processor=template("A", "<|endoftext|>")),
+    "RoBERTa's post-processor": fast(
+        "post_processor.type", post_processor={"type": "RobertaProcessing"}
     ),
-    "single digits": in_tokenizer(
-        "pre_tokenizer.type",
-        pre_tokenizer={
-            "type": "Sequence",
-            "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL],
-        },
-    ),
-    "no splitter": in_tokenizer("pre_tokenizer.type", pre_tokenizer=None),
-    "no post-processor": in_tokenizer(post_processor=None),
-    "post-processor for offsets": in_tokenizer(post_processor=BYTE_LEVEL),
-    "bos": in_tokenizer(post_processor=template("<|endoftext|>", "A")),
-    "two tokens first": in_tokenizer(
-        post_processor=template("<|endoftext|>", "<|user name|>", "A")
-    ),
-    "eos": in_tokenizer("post_processor.single", post_processor=template("A", "<|endoftext|>")),
-    "RoBERTa's post-processor": in_tokenizer(
-        "post_processor.type",
-        post_processor={
-            "type": "RobertaProcessing",
-            "sep": ["<|endoftext|>", 286],
-            "cls": ["<|user name|>", 287],
-            "trim_offsets": True,
-            "add_prefix_space": False,
-        },
-    ),
-    "dropout of zero": in_tokenizer(model__dropout=0.0),
-    "dropout": in_tokenizer("model.dropout", model__dropout=0.9),
-    "prefix of subwords": in_tokenizer(
+    "dropout of zero": fast(model__dropout=0.0),
+    "dropout": fast("model.dropout", model__dropout=0.9),
+    "prefix of subwords": fast(
         "model.continuing_subword_prefix", model__continuing_subword_prefix="##"
     ),
-    "suffix of words": in_tokenizer("model.end_of_word_suffix", model__end_of_word_suffix="</w>"),
-    "unknown token": in_tokenizer(model__unk_token="<|endoftext|>"),
-    "fused unknown tokens": in_tokenizer(model__fuse_unk=True),
-    "bytes as tokens": in_tokenizer(model__byte_fallback=True),
-    "merges of one text": in_tokenizer(config=FAST),
-    "ignored merges": in_tokenizer(model__ignore_merges=True),
-    "without a type of model": in_tokenizer(model__type=REMOVE),
-    "Unigram": in_tokenizer(
-        "model.type", model={"type": "Unigram", "unk_id": 0, "vocab": [["a", -1.0], ["b", -2.0]]}
-    ),
-    "WordPiece": in_tokenizer(
-        "model.type",
-        model={
-            "type": "WordPiece",
-            "unk_token": "a",
-            "continuing_subword_prefix": "##",
-            "max_input_chars_per_word": 100,
-            "vocab": {"a": 0},
-        },
-    ),
-    "truncation": in_tokenizer(
-        truncation={"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
-    ),
-    "an added token": in_tokenizer(added_tokens=[END, USER, JULIET]),
-    "an added token that normalizes": in_tokenizer(
-        added_tokens=[END, USER, token("Juliet", 288, normalized=True)]
-    ),
-    "a longer name": in_tokenizer(added_tokens=[END, USER, JULIET, token("Juliets", 289)]),
-    "an added token that is in the vocabulary": in_tokenizer(
-        added_tokens=[token("Ġthe", 273), END, USER]
-    ),
-    "an added token with lstrip": in_tokenizer(
-        "lstrip", added_tokens=[END, USER, token("Juliet", 288, lstrip=True)]
-    ),
-    "an added token with rstrip": in_tokenizer(
-        "rstrip", added_tokens=[END, USER, token("Juliet", 288, rstrip=True)]
-    ),
-    "an added token that is a word": in_tokenizer(
-        "single_word", added_tokens=[END, USER, token("Juliet", 288, single_word=True)]
-    ),
-    "a special token that is not named": in_tokenizer(
-        added_tokens=[END, USER, token("<s>", 288, True)]
-    ),
-    "a named token that is not special": in_tokenizer(
+    "suffix of words": fast("model.end_of_word_suffix", model__end_of_word_suffix="</w>"),
+    "unknown token": fast(model__unk_token="<|endoftext|>"),
+    "fused unknown tokens": fast(model__fuse_unk=True),
+    "bytes as tokens": fast(model__byte_fallback=True),
+    "ignored merges": fast(model__ignore_merges=True),
+    "without a type of model": fast(model__type=REMOVE),
+    "Unigram": fast("model.type", model__type="Unigram"),
+    "truncation": fast(truncation=CUT),
+    "an added token": added(JULIET),
+    "an added token that normalizes": added(token("Juliet", 288, normalized=True)),
+    "a longer name": fast(added_tokens=[END, USER, JULIET, token("Juliets", 289)]),
+    "an added token that is in the vocabulary": fast(added_tokens=[token("Ġthe", 273), END, USER]),
+    "an added token with lstrip": added(token("Juliet", 288, lstrip=True), "lstrip"),
+    "an added token with rstrip": added(token("Juliet", 288, rstrip=True), "rstrip"),
+    "an added token that is a word": added(token("Juliet", 288, single_word=True), "single_word"),
+    "a special token that is not named": added(token("<s>", 288, True)),
+    "a named token that is not special": fast(
         added_tokens=[END, USER, token("<s>", 288)], config={"bos_token": "<s>"}
     ),
     "only in added_tokens_decoder": in_config(added_tokens_decoder=decoder(END, USER, JULIET)),
-    "in both files": in_tokenizer(
+    "in both files": fast(
         added_tokens=[END, USER, JULIET],
         config={"added_tokens_decoder": decoder(END, USER, JULIET)},
     ),
@@ -227,7 +169,7 @@ TOKENIZERS = {
     "GPT2TokenizerFast": in_config(tokenizer_class="GPT2TokenizerFast"),
     "no tokenizer_config.json": Kind("tokenizer_json", {"tokenizer_config.json": "{}"}),
     "vocab.json": slow(),
-    "vocab.json, prefix space": slow(add_prefix_space=True),
+    "vocab.json, prefix space": slow(**PREFIX),
     "vocab.json, bos": slow(add_bos_token=True),
     "vocab.json, other bos": slow(
         add_bos_token=True, bos_token="<s>", added={"<s>": 287}, eos_token="<|endoftext|>"
@@ -250,6 +192,12 @@ TOKENIZERS = {
     "vocab.json of RoBERTa": slow("tokenizer_class", tokenizer_class="RobertaTokenizer"),
 }
 
+ALIASES = {
+    **{"num_attention_heads": 4, "n_head": REMOVE, "hidden_size": 8, "n_embd": REMOVE},
+    **{"num_hidden_layers": 2, "n_layer": REMOVE},
+    **{"max_position_embeddings": 64, "n_positions": REMOVE},
+}
+BY_LAYER = {"scale_attn_by_inverse_layer_idx": True}
 CONFIGS = {  # of the folder `whole`, whose weights they share
     "gelu": {"activation_function": "gelu"},
     "relu": {"activation_function": "relu"},
@@ -257,24 +205,11 @@ CONFIGS = {  # of the folder `whole`, whose weights they share
     "gelu_pytorch_tanh": {"activation_function": "gelu_pytorch_tanh"},
     "large epsilon": {"layer_norm_epsilon": 0.125},
     "no scale": {"scale_attn_weights": False},
-    "scale by layer": {"scale_attn_by_inverse_layer_idx": True},
-    "only by layer": {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
-    "upcast": {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True},
-    "all at once": {
-        "activation_function": "relu",
-        "layer_norm_epsilon": 0.01,
-        "scale_attn_by_inverse_layer_idx": True,
-    },
-    "aliases": {
-        "num_attention_heads": 4,
-        "hidden_size": 8,
-        "num_hidden_layers": 2,
-        "max_position_embeddings": 64,
-        "n_head": REMOVE,
-        "n_embd": REMOVE,
-        "n_layer": REMOVE,
-        "n_positions": REMOVE,
-    },
+    "scale by layer": BY_LAYER,
+    "only by layer": {"scale_attn_weights": False} | BY_LAYER,
+    "upcast": {"reorder_and_upcast_attn": True} | BY_LAYER,
+    "all at once": {"activation_function": "relu", "layer_norm_epsilon": 0.01} | BY_LAYER,
+    "aliases": ALIASES,
     "an alias and the native name": {"num_attention_heads": 4, "n_head": 1},
 }
 
