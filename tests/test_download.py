@@ -16,7 +16,6 @@ import re
 import resource
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
@@ -161,12 +160,14 @@ def test_missing_files_are_downloaded(server, folder):
     check_completes(folder, server)
 
 
-@pytest.mark.parametrize("address", ["", "http{}/", "HTTP{}"])
-def test_addresses(server, folder, monkeypatch, address):
+@pytest.mark.parametrize(
+    ("address", "name"), [("", "[x]*"), ("http{}/", "%20 ?#"), ("HTTP{}", os.fsdecode(b"\xff"))]
+)
+def test_unusual_addresses_and_folders(server, folder, monkeypatch, address, name):
     """None means the default. A slash at the end and capitals make no difference."""
     monkeypatch.setattr(utils, "BASE_URL", server.address)
     monkeypatch.setenv("GPT2_BASE_URL", address.format(server.address.removeprefix("http")))
-    check_completes(folder, server)
+    check_completes(folder / name, server)
 
 
 UNUSABLE = (
@@ -176,11 +177,12 @@ UNUSABLE = (
 
 
 @pytest.mark.parametrize("address", UNUSABLE.split("|"))
-def test_unusable_addresses_raise(folder, monkeypatch, address):
+def test_unusable_addresses_raise(tmp_path, monkeypatch, address):
+    """A download that fails at once leaves no empty folder."""
     monkeypatch.setenv("GPT2_BASE_URL", address)
     message = re.escape(address.rstrip("/").removeprefix("http://"))
-    download_fails(folder, message, error_class=(ConnectionError, ValueError))
-    assert not folder.exists()
+    download_fails(tmp_path / "new" / "355M", message, error_class=(ConnectionError, ValueError))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("model_size", ["", "345M", "tiny"])
@@ -188,13 +190,6 @@ def test_unknown_sizes_raise(server, folder, model_size):
     download_fails(folder, r"124M, 355M, 774M, 1558M", model_size, ValueError)
     assert not folder.exists()
     assert server.requests == []
-
-
-@pytest.mark.parametrize("parents", ["", "new/newer"])
-def test_a_download_that_fails_at_once_leaves_no_empty_folder(server, tmp_path, parents):
-    server.misbehave("checkpoint", 404, times=ALWAYS)
-    download_fails(tmp_path / parents / "355M", "404")
-    assert list(tmp_path.iterdir()) == []
 
 
 # Faults of the server
@@ -233,6 +228,7 @@ OTHER_VERSION = Fault(headers='ETag: "other"', ignores_if_range=True)
 OTHER_MD5 = "AAAAAAAAAAAAAAAAAAAAAA=="
 SILENCE = Fault(silent=True, then="close")
 RESET = Fault(silent=True, then="reset")
+SILENT_STALL = Fault(silent=True, then="stall")
 STALL = cut(then="stall")
 NO_BODY_STALL = cut(0, then="stall")
 LONGER = Fault(change=lambda body: body + b"!", headers=f"Content-Length: {N}")
@@ -240,7 +236,6 @@ GZIP = Fault(change=gzip.compress, headers="Content-Encoding: gzip")
 RANGE_OF_50 = f"Content-Range: bytes {{start}}-{N // 2 + 49}/{N}"
 FIFTY_BYTES = Fault(change=lambda body: body[:50], headers=RANGE_OF_50)
 FAULTS = {
-    "204": fails(1, "HTTP status 204", 204),
     "206": fails(1, "HTTP status 206", 206),
     "404": fails(1, "HTTP status 404", 404),
     "416": fails(1, "HTTP status 416", 416),
@@ -257,14 +252,12 @@ FAULTS = {
     "soon": works(2, later("soon"), naps=[]),
     "redirects in a circle": fails(31, "redirects", Fault(302, f"Location: {DATA}")),
     "redirect to ftp": fails(1, "ftp", Fault(302, "Location: ftp://127.0.0.1/")),
-    "redirect to a bad address": fails(1, "", Fault(302, "Location: http://[::1")),
     "no answer": fails(5, HINT, SILENCE, naps=[0.5, 1, 2, 4]),
     "no answer after PATIENCE": fails(1, HINT, SILENCE, PATIENCE=-1),
     "no answer after PATIENCE, but bytes": fails(5, NO_HINT, cut(), SILENCE, PATIENCE=-1),
-    "reset": fails(5, "reset", RESET),
+    "silence": fails(1, f"timed out.*{HINT}", SILENT_STALL, TIMEOUT=(10, 0.3), PATIENCE=0.2),
     "stall": works(None, STALL, TIMEOUT=(10, 0.5)),
     "stall without a body": fails(1, "timed out", NO_BODY_STALL, TIMEOUT=(10, 0.3), PATIENCE=0.2),
-    "no body": fails(5, f"of {N}|{N} more", cut(0)),
     "few bytes each time": works(None, cut(N // 20), times=ALWAYS),
     "a byte long": works(1, LONGER),
     "other bytes when resuming": fails(2, "md5", cut(), Fault(change=other_bytes)),
@@ -275,7 +268,6 @@ FAULTS = {
     "not an MD5": fails(1, "", "Content-MD5: abc"),
     "web page": fails(1, "web page", "Content-Type: TEXT/HTML; charset=utf-8"),
     "gzip": fails(1, "compressed", GZIP),
-    "identity in capitals": works(1, "Content-Encoding: Identity"),
     "no length": fails(1, "state the length", "Content-Length"),
     "not a length": fails(None, "", cut(None, headers="Content-Length: long")),
     "chunks and a length": fails(1, "length", "Transfer-Encoding: chunked"),
@@ -284,7 +276,6 @@ FAULTS = {
     "no range": works(3, cut(), "Content-Range"),
     "other total": works(None, cut(), f"Content-Range: bytes {{start}}-{N - 1}/{N + 9}"),
     "fifty bytes": works(3, cut(), FIFTY_BYTES),
-    "no version": works(2, NO_VERSION),
     "no version for ever": fails(5, f"of {N}|{N // 2} more", NO_VERSION),
     "other version": works(3, cut(), OTHER_VERSION),
 }
@@ -397,37 +388,23 @@ def test_leftovers(server, folder, part, version, n_requests, sent, ignores_if_r
     assert asked[-1].sent == sent
 
 
-FAST = {"TIMEOUT": (10, 0.3), "PATIENCE": 0.25}  # 30 times as fast as by default
-
-
 @pytest.mark.parametrize(
-    ("variable", "listens", "settings", "message", "n_naps"),
-    [
-        ("GPT2_BASE_URL", False, {}, "refused", 4),
-        ("http_proxy", False, {}, "the proxy: .*refused", 4),
-        ("GPT2_BASE_URL", True, FAST, "timed out", 0),
-        slow("GPT2_BASE_URL", True, {}, "timed out", 0),
-    ],
+    ("variable", "message"), [("GPT2_BASE_URL", "refused"), ("http_proxy", "the proxy: .*refused")]
 )
-def test_no_answer(server, folder, naps, monkeypatch, variable, listens, settings, message, n_naps):
-    """Nobody listens at the address, or the kernel accepts and nobody reads.
-
-    The user gets an error within about 10 seconds.
-    """
-    for setting, value in settings.items():
-        monkeypatch.setattr(utils, setting, value)
+def test_nobody_listens(server, folder, naps, monkeypatch, variable, message):
     monkeypatch.setenv("no_proxy", "")
-    started = time.monotonic()
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        if listens:
-            bound.listen()
         monkeypatch.setenv(variable, f"http://127.0.0.1:{bound.getsockname()[1]}")
         message = f"http://.*checkpoint: .*{message}.*{HINT}"
         download_fails(folder, message, error_class=ConnectionError)
-    assert len(naps) == n_naps
-    assert time.monotonic() - started < 25
+    assert len(naps) == 4
     assert server.requests == []
+
+
+def test_a_silent_server_takes_ten_seconds():
+    """A first request that is not answered in time is the last one, see FAULTS."""
+    assert utils.PATIENCE < utils.TIMEOUT[1] <= 10
 
 
 # Redirects
@@ -446,24 +423,16 @@ def test_redirect_to_another_host(server, folder):
         assert server.sent < 10_000
 
 
-class PlainAdapter(requests.adapters.HTTPAdapter):
-    """Speaks http with an https address, in place of a server with a certificate."""
-
-    def send(self, request, **how):
-        request.url = request.url.replace("https", "http", 1)
-        return super().send(request, **how)
-
-
 @pytest.mark.parametrize("scheme", ["https", "http", "HTTP"])
 def test_redirect_from_https_stays_https(server, folder, monkeypatch, scheme):
-    new_session = utils.new_session
+    """Requests to an https address are sent with http, because the server has no certificate."""
+    send = requests.adapters.HTTPAdapter.send
 
-    def plain_session(base_url):
-        session = new_session(base_url)
-        session.mount("https://", PlainAdapter())
-        return session
+    def send_with_http(adapter, request, **how):
+        request.url = request.url.replace("https", "http", 1)
+        return send(adapter, request, **how)
 
-    monkeypatch.setattr(utils, "new_session", plain_session)
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send_with_http)
     monkeypatch.setenv("GPT2_BASE_URL", server.address.replace("http", "https"))
     location = server.address.replace("http", scheme) + "/355M/vocab.bpe"
     server.misbehave("checkpoint", Fault(302, f"Location: {location}"))
@@ -564,20 +533,6 @@ def test_a_folder_that_cannot_be_written(server, folder):
     download_fails(folder, "checkpoint", error_class=PermissionError)
     folder.chmod(0o700)
     check_completes(folder, server)
-
-
-@pytest.mark.parametrize("name", ["[x]*", os.fsdecode(b"\xff"), "%20 ?#"])
-def test_unusual_folders(server, folder, name):
-    check_completes(folder / name / "355M", server)
-
-
-def test_file_permissions_follow_the_umask(server, folder):
-    before = os.umask(0o027)
-    try:
-        download(folder)
-    finally:
-        os.umask(before)
-    assert {stat.S_IMODE((folder / name).stat().st_mode) for name in SIZES} == {0o640}
 
 
 # The lock
