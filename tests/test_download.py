@@ -24,27 +24,18 @@ from types import SimpleNamespace
 
 import pytest
 import requests
-from helpers import ROOT
+from helpers import FILES, ROOT
 from server import ALWAYS, DATE, Fault, Server
 
 import utils
 
-SIZES = {
-    "checkpoint": 77,
-    "encoder.json": 30_000,
-    "hparams.json": 90,
-    "model.ckpt.data-00000-of-00001": 200_000,
-    "model.ckpt.index": 5_000,
-    "model.ckpt.meta": 40_000,
-    "vocab.bpe": 20_000,
-}
+SIZES = dict(zip(FILES, (77, 30_000, 90, 200_000, 5_000, 40_000, 20_000), strict=True))
 DATA = "model.ckpt.data-00000-of-00001"
 N = SIZES[DATA]
 REAL_CHUNK = utils.CHUNK_BYTES
 CHUNK = 4096  # small chunks for small files
 
-# SIGINT is ignored in processes that a shell started in the background. The long timeouts are for
-# a busy machine.
+# SIGINT is ignored in processes that a shell started in the background.
 DOWNLOAD = (
     sys.executable,
     "-c",
@@ -63,11 +54,16 @@ def random_files(seed=0, **sizes):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server with seven random files in place of OpenAI's. SHA-256 is not checked."""
+    """A server with seven random files in place of OpenAI's. SHA-256 is not checked.
+
+    Long timeouts are for a busy machine.
+    """
     with Server(random_files()) as server:
         monkeypatch.setenv("GPT2_BASE_URL", server.address)
         monkeypatch.setenv("GPT2_ALLOW_UNVERIFIED", "1")
         monkeypatch.setattr(utils, "CHUNK_BYTES", CHUNK)
+        monkeypatch.setattr(utils, "TIMEOUT", (60, 60))
+        monkeypatch.setattr(utils, "PATIENCE", 60)
         yield server
 
 
