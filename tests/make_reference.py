@@ -7,6 +7,7 @@ stored.
 """
 
 import json
+import re
 
 import numpy as np
 from helpers import (
@@ -19,6 +20,15 @@ from helpers import (
     random_variables,
     tiktoken_encoding,
 )
+
+
+def their_name(name):
+    """model/h0/ln_1/g -> transformer.h.0.ln_1.weight."""
+    *modules, last = re.sub(r"/h(\d+)/", r"/h/\1/", name).split("/")[1:]
+    if last in ("wte", "wpe"):
+        modules.append(last)
+    suffix = "bias" if last == "b" else "weight"
+    return ".".join(["transformer", *modules, suffix])
 
 
 def torch_model(hparams, variables):
@@ -41,17 +51,7 @@ def torch_model(hparams, variables):
     model = GPT2LMHeadModel(config).eval()
     state = {}
     for name, array in variables.items():
-        key = (
-            name.replace("model/h", "h.", 1)
-            if name.startswith("model/h")
-            else name.removeprefix("model/")
-        )
-        key = "transformer." + key.replace("/", ".")
-        if name.endswith(("wte", "wpe", "/g", "/w")):
-            key = key.removesuffix(".g").removesuffix(".w") + ".weight"
-        else:
-            key = key.removesuffix(".b") + ".bias"
-        state[key] = torch.from_numpy(array[0] if array.ndim == 3 else array)
+        state[their_name(name)] = torch.from_numpy(array[0] if array.ndim == 3 else array)
     state["lm_head.weight"] = state["transformer.wte.weight"]
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not missing, missing
@@ -117,12 +117,8 @@ def main():
 
     rng = np.random.RandomState(2)
     results = {"warped/logits": (3 * rng.standard_normal((len(WARPS), 500))).astype(np.float32)}
-    results["warped/probs"] = np.stack(
-        [
-            warped(row, *options)
-            for row, options in zip(results["warped/logits"], WARPS, strict=True)
-        ]
-    )
+    pairs = zip(results["warped/logits"], WARPS, strict=True)
+    results["warped/probs"] = np.stack([warped(row, *options) for row, options in pairs])
 
     def score(name, model, ids, n_ctx):
         results[f"{name}/long_ids"] = np.array(ids, np.int32)
@@ -135,9 +131,7 @@ def main():
             ids = rng.randint(0, hparams["n_vocab"], n_ctx)
             results[f"{name}/ids"] = ids.astype(np.int32)
             results[f"{name}/logits"] = model(torch.from_numpy(ids)[None]).logits[0].numpy()
-            results[f"{name}/greedy"] = np.array(
-                greedy(model, ids[:5], n_ctx + 1 - 5), dtype=np.int32
-            )
+            results[f"{name}/greedy"] = np.array(greedy(model, ids[:5], n_ctx - 4), np.int32)
             score(name, model, rng.randint(0, hparams["n_vocab"], 5 * n_ctx + 3).tolist(), n_ctx)
         hparams, variables = tiny_model()
         model = torch_model(hparams, variables)

@@ -56,7 +56,7 @@ class Request:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    timeout = 60
+    timeout = 300
     disable_nagle_algorithm = True
 
     def setup(self):
@@ -70,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
         size, name = self.path.removeprefix("/base/").split("/")
         request = Request(size, name, dict(self.headers))
         fault = self.server.note(request)
-        self.server.gate.wait(60)
+        self.server.gate.wait(300)
         if not fault.silent:
             self.answer(request, fault)
         if fault.then:
@@ -123,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
     def leave(self, then):
         self.close_connection = True
         if then == "stall":
-            self.server.stopping.wait(60)
+            self.server.stopping.wait(300)
         elif then == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, SO_RESET)
             self.connection.close()  # before the server does, which would close it properly

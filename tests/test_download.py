@@ -6,66 +6,45 @@ downloads what is missing.
 
 import errno
 import fcntl
+import functools
 import gzip
 import hashlib
 import io
-import itertools
 import os
 import random
 import re
 import resource
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import requests
-import urllib3
-from helpers import ROOT
+from helpers import FILES, ROOT
 from server import ALWAYS, DATE, Fault, Server
 
 import utils
 
-SIZES = {
-    "checkpoint": 77,
-    "encoder.json": 30_000,
-    "hparams.json": 90,
-    "model.ckpt.data-00000-of-00001": 200_000,
-    "model.ckpt.index": 5_000,
-    "model.ckpt.meta": 40_000,
-    "vocab.bpe": 20_000,
-}
+SIZES = dict(zip(FILES, (77, 30_000, 90, 200_000, 5_000, 40_000, 20_000), strict=True))
 DATA = "model.ckpt.data-00000-of-00001"
 N = SIZES[DATA]
-BEFORE_DATA = list(SIZES)[:3]
 REAL_CHUNK = utils.CHUNK_BYTES
 CHUNK = 4096  # small chunks for small files
-OLD_URLLIB3 = urllib3.__version__ < "2"  # it does not count the bytes of an answer
 
-# SIGINT is ignored in processes that a shell started in the background. The long timeouts are for
-# a busy machine.
+# SIGINT is ignored in processes that a shell started in the background.
 DOWNLOAD = (
     sys.executable,
     "-c",
     "import signal, sys, utils; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    f"utils.TIMEOUT = (60, 60); utils.CHUNK_BYTES = {CHUNK}; "
+    f"utils.TIMEOUT = (300, 300); utils.CHUNK_BYTES = {CHUNK}; "
     "utils.download_gpt2_files('355M', sys.argv[1])",
 )
 
-
-def mostly_slow(cases, step):
-    """The same cases as parameters of a test, all but each step-th one marked as slow."""
-    marked = []
-    for i, case in enumerate(cases):
-        values = case if isinstance(case, tuple) else (case,)
-        marked.append(pytest.param(*values, marks=[pytest.mark.slow] if i % step else []))
-    return marked
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def random_files(seed=0, **sizes):
@@ -75,11 +54,16 @@ def random_files(seed=0, **sizes):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server with seven random files in place of OpenAI's. SHA-256 is not checked."""
+    """A server with seven random files in place of OpenAI's. SHA-256 is not checked.
+
+    Long timeouts are for a busy machine.
+    """
     with Server(random_files()) as server:
         monkeypatch.setenv("GPT2_BASE_URL", server.address)
         monkeypatch.setenv("GPT2_ALLOW_UNVERIFIED", "1")
         monkeypatch.setattr(utils, "CHUNK_BYTES", CHUNK)
+        monkeypatch.setattr(utils, "TIMEOUT", (60, 60))
+        monkeypatch.setattr(utils, "PATIENCE", 60)
         yield server
 
 
@@ -103,16 +87,10 @@ def download(folder, model_size="355M"):
     utils.download_gpt2_files(model_size, str(folder))
 
 
-def download_fails(folder, message, model_size="355M"):
-    """Expect an error of a documented class, in one line that matches a regular expression.
-
-    The line is not about an exception that the caller handles.
-    """
-    try:
-        raise KeyError("something else")
-    except KeyError:
-        with pytest.raises((OSError, ValueError)) as caught:
-            download(folder, model_size)
+def download_fails(folder, message, model_size="355M", error_class=OSError):
+    """Expect an error of a documented class, in one line that matches a regular expression."""
+    with pytest.raises(error_class) as caught:
+        download(folder, model_size)
     assert not isinstance(caught.value, requests.RequestException)
     assert re.search(message, str(caught.value))
     assert "\n" not in str(caught.value)
@@ -139,17 +117,15 @@ def check_complete(folder, files):
 
 
 def check_completes(folder, server):
-    """Files that exist are intact. Each other one takes one request, which resumes a partial file.
+    """Each missing file takes one request, which resumes a partial file.
 
-    A third download has nothing to do.
+    Then all files are intact, and a third download has nothing to do.
     """
     expected = missing(folder)
     kept = {}
     for name in SIZES:
         part = folder / f"{name}.part"
         kept[name] = size_of(part) if size_of(folder / f"{name}.part.version") else 0
-        if name not in expected:
-            assert (folder / name).read_bytes() == server.files[name], name
     server.heal()
     download(folder)
     assert [request.name for request in server.requests] == expected
@@ -165,113 +141,80 @@ def check_completes(folder, server):
 
 
 def test_missing_files_are_downloaded(server, folder):
-    download(folder)
-    assert [request.name for request in server.requests] == list(SIZES)
-    assert {request.size for request in server.requests} == {"355M"}
-    assert {request.headers["Accept-Encoding"] for request in server.requests} == {"identity"}
-    assert server.sent == sum(SIZES.values())
-    check_complete(folder, server.files)
-    for name in SIZES:
-        (folder / name).unlink()
-        check_completes(folder, server)
-
-
-def test_existing_files_are_kept(server, folder):
     folder.mkdir()
     for name in ("hparams.json", "notes.txt"):
         (folder / name).write_text("mine")
     download(folder)
-    assert server.asked("hparams.json") == []
+    assert [request.name for request in server.requests] == [
+        n for n in SIZES if n != "hparams.json"
+    ]
+    assert {request.size for request in server.requests} == {"355M"}
+    assert {request.headers["Accept-Encoding"] for request in server.requests} == {"identity"}
     for name in ("hparams.json", "notes.txt"):
         assert (folder / name).read_text() == "mine"
+        (folder / name).unlink()
+    check_completes(folder, server)
 
 
-@pytest.mark.parametrize("address", ["", "http{}/", "HTTP{}"])
-def test_addresses(server, folder, monkeypatch, address):
+@pytest.mark.parametrize(
+    ("address", "name"), [("", "[x]*"), ("http{}/", "%20 ?#"), ("HTTP{}", os.fsdecode(b"\xff"))]
+)
+def test_unusual_addresses_and_folders(server, folder, monkeypatch, address, name):
     """None means the default. A slash at the end and capitals make no difference."""
     monkeypatch.setattr(utils, "BASE_URL", server.address)
     monkeypatch.setenv("GPT2_BASE_URL", address.format(server.address.removeprefix("http")))
-    download(folder)
-    check_complete(folder, server.files)
+    check_completes(folder / name, server)
 
 
 UNUSABLE = (
-    "127.0.0.1:80|ftp://127.0.0.1/|file:///etc|http://|https:|http://[::1|http://host:port|"
-    "http://127.0.0.1:99999|http://.host|http://a host|http://" + 70 * "a" + ".example"
+    "127.0.0.1:80|ftp://127.0.0.1/|http://|http://[::1|http://host:port|http://127.0.0.1:99999|"
+    "http://a host|http://" + 70 * "a" + ".example"
 )
 
 
 @pytest.mark.parametrize("address", UNUSABLE.split("|"))
-def test_unusable_addresses_raise(server, folder, monkeypatch, address):
+def test_unusable_addresses_raise(tmp_path, monkeypatch, address):
+    """A download that fails at once leaves no empty folder."""
     monkeypatch.setenv("GPT2_BASE_URL", address)
-    download_fails(folder, re.escape(address.rstrip("/").removeprefix("http://")))
-    assert not folder.exists()
+    message = re.escape(address.rstrip("/").removeprefix("http://"))
+    download_fails(tmp_path / "new" / "355M", message, error_class=(ConnectionError, ValueError))
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("model_size", ["", "124m", "345M", "../124M", "tiny"])
+@pytest.mark.parametrize("model_size", ["", "345M", "tiny"])
 def test_unknown_sizes_raise(server, folder, model_size):
-    error = download_fails(folder, r"124M, 355M, 774M, 1558M", model_size)
-    assert isinstance(error, ValueError)
+    download_fails(folder, r"124M, 355M, 774M, 1558M", model_size, ValueError)
     assert not folder.exists()
     assert server.requests == []
-
-
-@pytest.mark.parametrize("parents", ["", "new", "new/newer"])
-def test_a_download_that_fails_at_once_leaves_no_empty_folder(server, tmp_path, parents):
-    server.misbehave("checkpoint", 404, times=ALWAYS)
-    download_fails(tmp_path / parents / "355M", "404")
-    assert list(tmp_path.iterdir()) == []
 
 
 # Faults of the server
 
 
-@dataclass
-class Case:
-    """What the server does when DATA is requested, and what must follow."""
-
-    faults: tuple  # of the first requests, one each
-    n_requests: int | None  # how often DATA is requested; None: not checked
-    error: str | None  # a pattern of the message; None: the download succeeds
-    times: int  # how often the last fault occurs
-    naps: list | None  # seconds of sleep; None: not checked
-    settings: dict  # other values of constants in utils
-
-
 def works(n_requests, *faults, times=1, naps=None, **settings):
-    return Case(faults, n_requests, None, times, naps, settings)
+    """The server has these faults when DATA is requested. The download takes n_requests for it.
+
+    `times` is the number of the last fault, naps are the sleeps in seconds, and settings are other
+    values of constants in utils. None stands for any number and for any sleeps.
+    """
+    return n_requests, None, naps, faults, times, settings
 
 
-def fails(n_requests, error, *faults, naps=None, **settings):
-    return Case(faults, n_requests, error, ALWAYS, naps, settings)
+def fails(n_requests, message, *faults, naps=None, **settings):
+    """The last fault stays, and the error has this message."""
+    return n_requests, message, naps, faults, ALWAYS, settings
 
 
 def cut(n_bytes=N // 2, then="close", headers=""):
     return Fault(headers=headers, sends=n_bytes, then=then)
 
 
-def changed(change, headers=""):
-    return Fault(change=change, headers=headers)
+def later(value):
+    return Fault(429, f"Retry-After: {value}")
 
 
 def other_bytes(body):
     return body[:-1] + bytes([body[-1] ^ 1])
-
-
-def shorter(body):
-    return body[:-1]
-
-
-def longer(body):
-    return body + b"!"
-
-
-def fifty_bytes(body):
-    return body[:50]
-
-
-def in_chunks(body):
-    return b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
 
 
 HINT = "; --model_size tiny needs no network$"
@@ -281,101 +224,89 @@ OTHER_VERSION = Fault(headers='ETag: "other"', ignores_if_range=True)
 OTHER_MD5 = "AAAAAAAAAAAAAAAAAAAAAA=="
 SILENCE = Fault(silent=True, then="close")
 RESET = Fault(silent=True, then="reset")
+SILENT_STALL = Fault(silent=True, then="stall")
 STALL = cut(then="stall")
 NO_BODY_STALL = cut(0, then="stall")
+LONGER = Fault(change=lambda body: body + b"!", headers=f"Content-Length: {N}")
+GZIP = Fault(change=gzip.compress, headers="Content-Encoding: gzip")
+RANGE_OF_50 = f"Content-Range: bytes {{start}}-{N // 2 + 49}/{N}"
+FIFTY_BYTES = Fault(change=lambda body: body[:50], headers=RANGE_OF_50)
 FAULTS = {
-    "204": fails(1, "HTTP status 204", 204),
     "206": fails(1, "HTTP status 206", 206),
-    "302": fails(1, "HTTP status 302", 302),
-    "400": fails(1, "HTTP status 400", 400),
-    "403": fails(1, "HTTP status 403", 403),
     "404": fails(1, "HTTP status 404", 404),
     "416": fails(1, "HTTP status 416", 416),
     "416 when resuming": works(3, cut(), 416),
-    "416 when resuming and later": fails(3, "HTTP status 416", cut(), 416),
-    "500": works(2, 500),
-    "503 four times": works(5, 503, times=4),
+    "some statuses": works(5, 408, 425, 500, 502),
+    "503 and resets": works(8, 503, RESET, 504, RESET, 503, RESET, 503),
     "503 for ever": fails(5, "HTTP status 503", 503, naps=[1, 2, 4]),
-    "503 when resuming": works(6, cut(), 503, times=4),
+    "later": works(2, later("7"), naps=[7]),
+    "much later": works(2, later("99999"), naps=[30]),
+    "at a later date": works(2, later("Wed, 06 Nov 2999 00:00:00 GMT"), naps=[30]),
+    "at an earlier date": works(2, later("Wed, 06 Nov 2019 00:00:00 GMT"), naps=[]),
+    "at an impossible date": works(2, later("Wed, 06 Nov 99999 00:00:00 GMT"), naps=[]),
+    "at too large a number": works(2, later("9" * 5000), naps=[]),
+    "soon": works(2, later("soon"), naps=[]),
     "redirects in a circle": fails(31, "redirects", Fault(302, f"Location: {DATA}")),
     "redirect to ftp": fails(1, "ftp", Fault(302, "Location: ftp://127.0.0.1/")),
-    "redirect to a bad address": fails(1, "", Fault(302, "Location: http://[::1")),
-    "no answer once": works(2, SILENCE),
     "no answer": fails(5, HINT, SILENCE, naps=[0.5, 1, 2, 4]),
     "no answer after PATIENCE": fails(1, HINT, SILENCE, PATIENCE=-1),
     "no answer after PATIENCE, but bytes": fails(5, NO_HINT, cut(), SILENCE, PATIENCE=-1),
-    "stall": works(2, STALL, TIMEOUT=(10, 0.5)),
+    "silence": fails(1, f"timed out.*{HINT}", SILENT_STALL, TIMEOUT=(10, 0.3), PATIENCE=0.2),
+    "stall": works(None, STALL, TIMEOUT=(10, 0.5)),
     "stall without a body": fails(1, "timed out", NO_BODY_STALL, TIMEOUT=(10, 0.3), PATIENCE=0.2),
-    "reset once": works(2, RESET),
-    "reset": fails(5, "reset", RESET),
-    "503 and resets": works(8, 503, RESET, 503, RESET, 503, RESET, 503),
-    "no body": fails(5, f"of {N}|{N} more", cut(0)),
     "few bytes each time": works(None, cut(N // 20), times=ALWAYS),
-    "a byte short": works(2, cut(N - 1)),
-    "a byte short in its length": fails(1, "md5", changed(shorter)),
-    "a byte long": works(1, changed(longer, f"Content-Length: {N}")),
-    "a byte long in its length": fails(1, "md5", changed(longer)),
-    "a byte more promised": fails(None, "", cut(None, headers=f"Content-Length: {N + 1}")),
-    "other bytes": fails(1, "md5", changed(other_bytes)),
-    "other bytes when resuming": fails(2, "md5", cut(), changed(other_bytes)),
+    "a byte long": works(1, LONGER),
+    "other bytes when resuming": fails(2, "md5", cut(), Fault(change=other_bytes)),
     "other MD5": fails(1, "md5", f"Content-MD5: {OTHER_MD5}"),
     "other MD5 of Azure": fails(1, "md5", f"x-ms-blob-content-md5: {OTHER_MD5}"),
     "MD5 of the rest": works(2, cut(), f"x-ms-blob-content-md5\nContent-MD5: {OTHER_MD5}"),
     "no MD5": works(1, "Content-MD5"),
     "not an MD5": fails(1, "", "Content-MD5: abc"),
-    "web page": fails(1, "web page", "Content-Type: text/html; charset=utf-8"),
-    "web page in capitals": fails(1, "web page", "Content-Type: TEXT/HTML"),
-    "gzip": fails(1, "compressed", changed(gzip.compress, "Content-Encoding: gzip")),
-    "identity in capitals": works(1, "Content-Encoding: Identity"),
+    "web page": fails(1, "web page", "Content-Type: TEXT/HTML; charset=utf-8"),
+    "gzip": fails(1, "compressed", GZIP),
     "no length": fails(1, "state the length", "Content-Length"),
     "not a length": fails(None, "", cut(None, headers="Content-Length: long")),
-    "chunks": fails(1, "length", changed(in_chunks, "Content-Length\nTransfer-Encoding: chunked")),
-    "chunks and a length": fails(1, "length", changed(in_chunks, "Transfer-Encoding: chunked")),
+    "chunks and a length": fails(1, "length", "Transfer-Encoding: chunked"),
     "range ignored": works(2, cut(), Fault(ignores_range=True)),
     "other range": works(3, cut(), f"Content-Range: bytes 0-{N - 1}/{N}"),
-    "other short range": works(3, cut(), f"Content-Range: bytes 0-9/{N}"),
-    "not a range": works(3, cut(), "Content-Range: all of it"),
     "no range": works(3, cut(), "Content-Range"),
     "other total": works(None, cut(), f"Content-Range: bytes {{start}}-{N - 1}/{N + 9}"),
-    "fifty bytes": works(
-        3, cut(), changed(fifty_bytes, f"Content-Range: bytes {{start}}-100049/{N}")
-    ),
-    "weak ETag": works(2, cut(headers='ETag: W/"1"'), 'ETag: W/"1"'),
-    "no ETag": works(2, cut(headers="ETag"), "ETag"),
-    "no version": works(2, NO_VERSION),
+    "fifty bytes": works(3, cut(), FIFTY_BYTES),
     "no version for ever": fails(5, f"of {N}|{N // 2} more", NO_VERSION),
     "other version": works(3, cut(), OTHER_VERSION),
 }
-if OLD_URLLIB3:  # asked for the last byte again, the server announces and sends the right length
-    del FAULTS["a byte more promised"]
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_faults_of_the_server(server, folder, naps, monkeypatch, name):
-    case = FAULTS[name]
-    server.misbehave(DATA, *case.faults, times=case.times)
+@pytest.mark.parametrize("case", FAULTS)
+def test_faults_of_the_server(server, folder, naps, monkeypatch, case):
+    """The files before DATA are there, so that only DATA meets a fault and a short timeout."""
+    expected_requests, message, expected_naps, faults, times, settings = FAULTS[case]
+    folder.mkdir()
+    there = list(SIZES)[:3]
+    for name in there:
+        (folder / name).write_bytes(server.files[name])
+    server.misbehave(DATA, *faults, times=times)
     with monkeypatch.context() as patch:
-        for setting, value in case.settings.items():
+        for setting, value in settings.items():
             patch.setattr(utils, setting, value)
-        if case.error is None:
+        if message is None:
             download(folder)
             check_complete(folder, server.files)
         else:
-            error = download_fails(folder, rf"{DATA}: .*{case.error}")
-            assert isinstance(error, ConnectionError)
-            assert missing(folder) == [name for name in SIZES if name not in BEFORE_DATA]
+            download_fails(folder, f"{DATA}: .*{message}", error_class=ConnectionError)
+            assert missing(folder) == [name for name in SIZES if name not in there]
     n_requests = len(server.asked(DATA))
-    assert case.n_requests in (n_requests, None)
+    assert expected_requests in (n_requests, None)
     assert n_requests <= 31
-    assert case.naps in (naps, None)
-    assert len(naps) < n_requests  # no sleep without a retry
+    assert expected_naps in (naps, None)
+    assert len(naps) < len(server.requests)  # no sleep without a retry
     check_completes(folder, server)
 
 
-FAULTS_AND_FILES = itertools.product([404, cut(0), changed(other_bytes), RESET], SIZES)
+FAULTS_OF_FILES = zip(SIZES, 2 * [404, cut(0), Fault(change=other_bytes), RESET], strict=False)
 
 
-@pytest.mark.parametrize(("fault", "name"), mostly_slow(FAULTS_AND_FILES, step=3))
+@pytest.mark.parametrize(("name", "fault"), list(FAULTS_OF_FILES))
 def test_faults_for_any_file(server, folder, name, fault):
     server.misbehave(name, fault, times=ALWAYS)
     download_fails(folder, re.escape(name))
@@ -384,59 +315,43 @@ def test_faults_for_any_file(server, folder, name, fault):
 
 # Resuming
 
-OFFSETS = (0, 1, 4095, 17, 50_000, 4096, 4097, N // 2, N - 1, 150_000, N - 4097, N - 2)
-
-
-@pytest.mark.parametrize("then", ["close", "reset"])
-@pytest.mark.parametrize("offset", mostly_slow(OFFSETS, 2))
-def test_resumes_where_the_connection_was_cut(server, folder, offset, then):
-    server.misbehave(DATA, cut(offset, then))
-    download(folder)
-    first, second = server.asked(DATA)
-    assert (first.start, first.status, first.sent) == (None, 200, offset)
-    kept = offset if OLD_URLLIB3 else offset // CHUNK * CHUNK  # only whole chunks are kept
-    start = second.start or 0
-    if then == "close":
-        assert is_resumed(second, kept)
-    assert start <= kept  # a reset can lose bytes in transit
-    assert start + second.sent == N
-    if start:
-        assert second.status == 206
-        assert second.headers["If-Range"] == f'"{hashlib.md5(server.files[DATA]).hexdigest()}"'
-    check_completes(folder, server)
-
-
-def test_resumes_in_the_next_run(server, folder):
-    server.misbehave(DATA, cut(150_000), 404)
-    download_fails(folder, "404")
-    kept = (folder / f"{DATA}.part").read_bytes()
-    assert 145_000 < len(kept) <= 150_000
-    assert kept == server.files[DATA][: len(kept)]
-    check_completes(folder, server)
-
-
-def test_resumes_by_date(server, folder):
-    server.misbehave(DATA, cut(headers="ETag"), "ETag")
-    download(folder)
-    assert server.asked(DATA)[1].headers["If-Range"] == DATE
-    assert server.asked(DATA)[1].status == 206
-
-
-def test_an_interruption_loses_little(server, folder, monkeypatch):
-    """With the real size of chunks, an interruption loses at most one chunk."""
-    monkeypatch.setattr(utils, "CHUNK_BYTES", REAL_CHUNK)
-    server.files = random_files(**{DATA: 1_200_000})
-    server.misbehave(DATA, cut(250_000), times=ALWAYS)
-    download(folder)
-    starts = [request.start or 0 for request in server.asked(DATA)]
-    assert len(starts) <= 6
-    assert all(start >= 250_000 * i - REAL_CHUNK * i - i for i, start in enumerate(starts))
-    check_completes(folder, server)
-
-
 THE_FILE = random_files()[DATA]
 OTHER_FILE = random.Random(1).randbytes(N + 999)
 THE_ETAG = f'"{hashlib.md5(THE_FILE).hexdigest()}"'
+
+
+@pytest.mark.parametrize("offset", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, N // 2, N - 1])
+@pytest.mark.parametrize(
+    ("then", "omitted", "version"),
+    [("close", "", THE_ETAG), ("reset", "", THE_ETAG), ("close", "ETag", DATE)],
+)
+def test_resumes_where_the_connection_was_cut(server, folder, offset, then, omitted, version):
+    server.misbehave(DATA, cut(offset, then, omitted), omitted)
+    download(folder)
+    first, second = server.asked(DATA)
+    assert (first.start, first.status, first.sent) == (None, 200, offset)
+    if then == "close":  # a reset can lose bytes in transit
+        whole_chunks = offset // CHUNK * CHUNK  # a new urllib3 returns no others
+        assert is_resumed(second, whole_chunks) or is_resumed(second, offset)
+    start = second.start or 0
+    assert start <= offset
+    assert start + second.sent == N
+    if start:
+        assert second.status == 206
+        assert second.headers["If-Range"] == version
+    check_complete(folder, server.files)
+
+
+def test_an_interruption_loses_little(server, folder, monkeypatch):
+    """With the real size of chunks, an interruption loses at most one. The next run resumes."""
+    monkeypatch.setattr(utils, "CHUNK_BYTES", REAL_CHUNK)
+    server.files = random_files(**{DATA: 1_200_000})
+    server.misbehave(DATA, cut(250_000), cut(250_000), 404)
+    download_fails(folder, "404")
+    kept = (folder / f"{DATA}.part").read_bytes()
+    assert 2 * (250_000 - REAL_CHUNK) - 1 <= len(kept) <= 500_000
+    assert kept == server.files[DATA][: len(kept)]
+    check_completes(folder, server)
 
 
 @pytest.mark.parametrize(
@@ -445,11 +360,11 @@ THE_ETAG = f'"{hashlib.md5(THE_FILE).hexdigest()}"'
         (THE_FILE, THE_ETAG, 1, 1),  # killed before the verification
         (THE_FILE[: N // 2], THE_ETAG, 1, N - N // 2 + 1),
         (THE_FILE + b"!", THE_ETAG, 2, N),
-        (THE_FILE + bytes(5000), THE_ETAG, 2, N),
         (b"whatever", None, 1, N),  # a power cut may leave such files
         (b"whatever", "", 1, N),
         (b"", THE_ETAG, 1, N),
-        *((OTHER_FILE[:size], '"other"', 1, N) for size in (N // 2, N, N + 999)),
+        (OTHER_FILE[: N // 2], '"other"', 1, N),
+        (OTHER_FILE, '"other"', 1, N),
     ],
 )
 @pytest.mark.parametrize("ignores_if_range", [False, True])
@@ -469,63 +384,23 @@ def test_leftovers(server, folder, part, version, n_requests, sent, ignores_if_r
     assert asked[-1].sent == sent
 
 
-# Waiting
-
-
 @pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ("7", [7]),
-        ("99999", [30]),
-        ("Wed, 06 Nov 2999 00:00:00 GMT", [30]),
-        ("Wed, 06 Nov 2019 00:00:00 GMT", []),
-        ("Wed, 06 Nov 99999 00:00:00 GMT", []),
-        ("9" * 5000, []),
-        ("soon", []),
-        ("0", []),
-        ("", []),
-    ],
+    ("variable", "message"), [("GPT2_BASE_URL", "refused"), ("http_proxy", "the proxy: .*refused")]
 )
-@pytest.mark.parametrize("status", [429, 503])
-def test_waits_for_retry_after(server, folder, naps, status, value, expected):
-    """It has an upper limit, and one that is wrong or in the past makes no difference."""
-    server.misbehave(DATA, Fault(status, f"Retry-After: {value}"))
-    download(folder)
-    assert naps == expected
-    check_completes(folder, server)
-
-
-FAST = {"TIMEOUT": (10, 0.3), "PATIENCE": 0.25}  # 30 times as fast as by default
-
-
-@pytest.mark.parametrize(
-    ("variable", "listens", "settings", "message", "n_naps"),
-    [
-        ("GPT2_BASE_URL", False, {}, "refused", 4),
-        ("http_proxy", False, {}, "the proxy: .*refused", 4),
-        ("GPT2_BASE_URL", True, FAST, "timed out", 0),
-        pytest.param("GPT2_BASE_URL", True, {}, "timed out", 0, marks=pytest.mark.slow),
-    ],
-)
-def test_no_answer(server, folder, naps, monkeypatch, variable, listens, settings, message, n_naps):
-    """Nobody listens at the address, or the kernel accepts and nobody reads.
-
-    The user gets an error within about 10 seconds.
-    """
-    for setting, value in settings.items():
-        monkeypatch.setattr(utils, setting, value)
+def test_nobody_listens(server, folder, naps, monkeypatch, variable, message):
     monkeypatch.setenv("no_proxy", "")
-    started = time.monotonic()
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        if listens:
-            bound.listen()
         monkeypatch.setenv(variable, f"http://127.0.0.1:{bound.getsockname()[1]}")
-        error = download_fails(folder, f"http://.*checkpoint: .*{message}.*{HINT}")
-    assert isinstance(error, ConnectionError)
-    assert len(naps) == n_naps
-    assert time.monotonic() - started < 25
+        message = f"http://.*checkpoint: .*{message}.*{HINT}"
+        download_fails(folder, message, error_class=ConnectionError)
+    assert len(naps) == 4
     assert server.requests == []
+
+
+def test_a_silent_server_takes_ten_seconds():
+    """A first request that is not answered in time is the last one, see FAULTS."""
+    assert utils.PATIENCE < utils.TIMEOUT[1] <= 10
 
 
 # Redirects
@@ -544,24 +419,16 @@ def test_redirect_to_another_host(server, folder):
         assert server.sent < 10_000
 
 
-class PlainAdapter(requests.adapters.HTTPAdapter):
-    """Speaks http with an https address, in place of a server with a certificate."""
-
-    def send(self, request, **how):
-        request.url = request.url.replace("https", "http", 1)
-        return super().send(request, **how)
-
-
 @pytest.mark.parametrize("scheme", ["https", "http", "HTTP"])
 def test_redirect_from_https_stays_https(server, folder, monkeypatch, scheme):
-    new_session = utils.new_session
+    """Requests to an https address are sent with http, because the server has no certificate."""
+    send = requests.adapters.HTTPAdapter.send
 
-    def plain_session(base_url):
-        session = new_session(base_url)
-        session.mount("https://", PlainAdapter())
-        return session
+    def send_with_http(adapter, request, **how):
+        request.url = request.url.replace("https", "http", 1)
+        return send(adapter, request, **how)
 
-    monkeypatch.setattr(utils, "new_session", plain_session)
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send_with_http)
     monkeypatch.setenv("GPT2_BASE_URL", server.address.replace("http", "https"))
     location = server.address.replace("http", scheme) + "/355M/vocab.bpe"
     server.misbehave("checkpoint", Fault(302, f"Location: {location}"))
@@ -569,57 +436,51 @@ def test_redirect_from_https_stays_https(server, folder, monkeypatch, scheme):
         download(folder)
         assert (folder / "checkpoint").read_bytes() == server.files["vocab.bpe"]
     else:
-        error = download_fails(folder, "https://.*/355M/checkpoint: .*http://127.0.0.1")
-        assert isinstance(error, ConnectionError)
+        message = "https://.*/355M/checkpoint: .*http://127.0.0.1"
+        download_fails(folder, message, error_class=ConnectionError)
         assert len(server.requests) == 1
 
 
 # SHA-256
 
 
-@pytest.fixture
-def verified(server, monkeypatch):
-    """The server, with its files as the published ones: their SHA-256 are known."""
-    known = {name: hashlib.sha256(body).hexdigest() for name, body in server.files.items()}
-    monkeypatch.delenv("GPT2_ALLOW_UNVERIFIED")
-    monkeypatch.setattr(utils, "FILES", known)
-    return server
-
-
-@pytest.mark.parametrize("value", [None, "", "0"])
-@pytest.mark.parametrize("model_size", ["124M", "1558M"])
-def test_sha256_is_checked_by_default(verified, folder, monkeypatch, model_size, value, capfd):
+@pytest.mark.parametrize(
+    ("value", "model_size"), [(None, "124M"), ("", "124M"), ("0", "124M"), (None, "1558M")]
+)
+def test_sha256_is_checked_by_default(server, folder, monkeypatch, model_size, value, capfd):
     """All SHA-256 are known for 124M, for other sizes only those of the shared vocabulary."""
+    known = {name: hashlib.sha256(body).hexdigest() for name, body in server.files.items()}
+    monkeypatch.setattr(utils, "FILES", known)
+    monkeypatch.delenv("GPT2_ALLOW_UNVERIFIED")
     if value is not None:
         monkeypatch.setenv("GPT2_ALLOW_UNVERIFIED", value)
     checked = SIZES if model_size == "124M" else ("encoder.json", "vocab.bpe")
-    for name, original in list(verified.files.items()):
-        verified.files[name] = other_bytes(original)
+    for name, original in list(server.files.items()):
+        server.files[name] = other_bytes(original)
         if name in checked:
             download_fails(folder, f"{name}.*sha256", model_size)
             assert name in missing(folder)
             assert not list(folder.glob("*.part*"))
-            verified.files[name] = original
+            server.files[name] = original
     download(folder, model_size)
-    check_complete(folder, verified.files)
+    check_complete(folder, server.files)
     assert capfd.readouterr() == ("", "")  # no progress bar without a terminal
 
 
-def test_published_sha256_of_the_vocabulary(server, folder, monkeypatch, real_vocabulary):
-    """GPT-2's vocabulary passes the check. Random files do not."""
+def test_published_sha256_of_the_vocabulary(server, folder, monkeypatch, real_vocabulary, capfd):
+    """GPT-2's vocabulary passes the check. Random files do not, unless the user allows them."""
     monkeypatch.delenv("GPT2_ALLOW_UNVERIFIED")
     download_fails(folder, r"encoder\.json.*sha256")
+    random_vocabulary = server.files["vocab.bpe"]
     for name in ("encoder.json", "vocab.bpe"):
         server.files[name] = Path(*real_vocabulary, name).read_bytes()
     check_completes(folder, server)
-
-
-def test_unverified_downloads_give_a_warning(verified, folder, monkeypatch, capfd):
+    assert capfd.readouterr().err == ""
+    (folder / "vocab.bpe").unlink()
+    server.files["vocab.bpe"] = random_vocabulary
     monkeypatch.setenv("GPT2_ALLOW_UNVERIFIED", "1")
-    verified.files["vocab.bpe"] = b"mine"
-    download(folder)
+    check_completes(folder, server)
     assert re.fullmatch(r"warning: GPT2_ALLOW_UNVERIFIED .*\n", capfd.readouterr().err)
-    check_complete(folder, verified.files)
 
 
 def test_progress_bars_end_at_100_percent(server, folder, monkeypatch):
@@ -638,7 +499,7 @@ def test_progress_bars_end_at_100_percent(server, folder, monkeypatch):
 # The disk
 
 
-@pytest.mark.parametrize("room", [0, 10, 40, 80, 25_000, 101_234, 150_000])
+@pytest.mark.parametrize("room", [0, 40, 101_234])
 def test_a_file_that_cannot_grow(server, folder, room):
     """The kernel's limit for the size of a file acts like a full disk: it writes what fits."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -648,7 +509,8 @@ def test_a_file_that_cannot_grow(server, folder, room):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.errno == errno.EFBIG
-    assert room < 80 or [part.stat().st_size for part in folder.glob("*.part")] == [room]
+    if room:
+        assert [part.stat().st_size for part in folder.glob("*.part")] == [room]
     check_completes(folder, server)
 
 
@@ -664,45 +526,28 @@ def test_a_folder_that_cannot_be_written(server, folder):
     folder.mkdir(mode=0o500)
     if os.access(folder, os.W_OK):
         pytest.skip("root can write everywhere")
-    error = download_fails(folder, "checkpoint")
-    assert isinstance(error, PermissionError)
+    download_fails(folder, "checkpoint", error_class=PermissionError)
     folder.chmod(0o700)
     check_completes(folder, server)
-
-
-@pytest.mark.parametrize("name", ["a b", "[x]*", os.fsdecode(b"\xff"), "%20?#"])
-def test_unusual_folders(server, folder, name):
-    check_completes(folder / name / "355M", server)
-
-
-@pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
-def test_file_permissions_follow_the_umask(server, folder, umask, expected):
-    before = os.umask(umask)
-    try:
-        download(folder)
-    finally:
-        os.umask(before)
-    assert {stat.S_IMODE((folder / name).stat().st_mode) for name in SIZES} == {expected}
 
 
 # The lock
 
 
-@pytest.mark.parametrize("error_number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_folder_that_cannot_be_locked(server, folder, monkeypatch, error_number):
+def test_a_folder_that_cannot_be_locked(server, folder, monkeypatch):
     """Some network file systems have no locks. The download works without one."""
 
     def flock(*args):
-        raise OSError(error_number, os.strerror(error_number))
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
     check_completes(folder, server)
 
 
-@pytest.mark.parametrize("function", [(os, "makedirs"), (os, "open"), (fcntl, "flock")])
-@pytest.mark.parametrize("times", [1, 3, ALWAYS])
+@pytest.mark.parametrize("function", [(os, "open"), (fcntl, "flock")])
+@pytest.mark.parametrize("times", [2, 3])
 def test_a_folder_that_another_process_removes(server, tmp_path, monkeypatch, function, times):
-    """A process whose download failed removes the folders between any two steps of this one."""
+    """A process whose download failed removes the folders between two steps of this one."""
     folder = tmp_path / "models" / "355M"
     original = getattr(*function)
     n_removed = 0
@@ -715,20 +560,20 @@ def test_a_folder_that_another_process_removes(server, tmp_path, monkeypatch, fu
             folder.parent.rmdir()
         return original(*args, **how)
 
-    folder.mkdir(parents=True)
+    monkeypatch.setattr(utils, "LOCK_ATTEMPTS", 3)
     monkeypatch.setattr(*function, remove_before)
-    if times == ALWAYS and function != (os, "makedirs"):
+    if times == 3:
         download_fails(folder, "No such file or directory: .*355M")
     else:
         download(folder)
         check_complete(folder, server.files)
-    assert n_removed
+    assert n_removed == times
 
 
 # Processes
 
 
-@pytest.mark.parametrize("nth", mostly_slow(range(30), 5))
+@pytest.mark.parametrize("nth", [7, 16, *map(slow, range(0, 30, 3))])
 def test_killed(server, folder, nth):
     """SIGINT and SIGKILL in turn, at points spread over the whole download."""
     server.files = random_files(seed=nth, **{DATA: 3_000_000, "model.ckpt.meta": 500_000})
@@ -749,7 +594,7 @@ def test_killed(server, folder, nth):
     check_completes(folder, server)
 
 
-@pytest.mark.parametrize(("n_processes", "n_fail"), mostly_slow([(3, 1), (2, 0), (8, 0)], 3))
+@pytest.mark.parametrize(("n_processes", "n_fail"), [(3, 1), slow(8, 0)])
 def test_processes_wait_for_each_other(server, folder, n_processes, n_fail, tmp_path):
     """The server holds its answer back until all processes but one wait for the lock.
 
@@ -764,7 +609,7 @@ def test_processes_wait_for_each_other(server, folder, n_processes, n_fail, tmp_
         for log in logs:
             with log.open("w") as file:
                 processes.append(subprocess.Popen([*DOWNLOAD, str(folder)], cwd=ROOT, stderr=file))
-        deadline = time.monotonic() + 50
+        deadline = time.monotonic() + 200
         while sum("waiting" in log.read_text() for log in logs) < n_processes - 1:
             assert time.monotonic() < deadline
             time.sleep(0.02)
