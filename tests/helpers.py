@@ -5,6 +5,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -265,6 +267,19 @@ def float64_block(x, n_head, ln_1, attn, ln_2, mlp):
     x = x + heads @ attn["c_proj"]["w"] + attn["c_proj"]["b"]
     hidden = float64_gelu(float64_layer_norm(x, **ln_2) @ mlp["c_fc"]["w"] + mlp["c_fc"]["b"])
     return x + hidden @ mlp["c_proj"]["w"] + mlp["c_proj"]["b"]
+
+
+# Processes
+
+
+def bash(script, **options):
+    """Run a bash script in which `python` is this Python -> the finished process."""
+    environment = os.environ | {"PYTHON": sys.executable}
+    environment.pop("PYTHONUNBUFFERED", None)  # it would hide a missing flush
+    command = ["bash", "-c", f'python() {{ "$PYTHON" "$@"; }}; {script}']
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, **options
+    )
 
 
 # Comparisons
