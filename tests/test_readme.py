@@ -141,12 +141,13 @@ def test_requirements_are_what_the_readme_installs_and_tensorflow():
 
 
 def test_options_match_main():
-    table = dict(re.findall(r"^\| `--(\w+)` \| (\S*) ?\|", README, re.MULTILINE))
-    signature = {"interactive": "", "special_tokens": ""}
+    defaults = {"interactive": "", "special_tokens": ""}
     for name, parameter in inspect.signature(gpt2.main).parameters.items():
         if name not in ("prompt", "special_tokens"):
-            signature[name] = "" if parameter.default is None else str(parameter.default)
-    assert table == signature
+            defaults[name] = "" if parameter.default is None else str(parameter.default)
+    assert dict(re.findall(r"^\| `--(\w+)` \| (\S*) ?\|", README, re.MULTILINE)) == defaults
+    options = dict(re.findall(r"^--(\w+) +(\S+)?(?=  |\n)", gpt2.HELP, re.MULTILINE))
+    assert options == defaults | {"help": ""}
 
 
 def test_files_and_sizes_are_named_and_links_lead_to_files():
