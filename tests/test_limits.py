@@ -73,6 +73,13 @@ def test_the_signature_shows_the_options(function):
         function(PROMPT, PARAMS, N_HEAD, 1, temprature=1)
 
 
+@pytest.mark.parametrize("function", [gpt2.token_probs, gpt2.sample])
+def test_the_signature_shows_the_options_of_one_token(function):
+    parameters = inspect.signature(function).parameters
+    options = {name: parameters[name].default for name in ("temperature", "top_k", "top_p")}
+    assert options == {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
 DRAWN = {"temperature": 1.5, "seed": 2}
 WHOLE_NUMBERS = ["n_tokens_to_generate", "top_k", "seed", "n_samples"]
 
@@ -136,7 +143,7 @@ def test_ids_of_any_integer_type(dtype, ids, greedy, reference):
     array = np.array(ids, dtype)
     for inputs in array, list(array), array[::-1][::-1]:
         assert_close(model(inputs), reference["eleven_layers/logits"])
-        assert generate(inputs[:5], len(greedy)) == greedy
+        assert generate(inputs[:5], 6) == greedy[:6]
     assert generate(ids[:5], 9, stop_id=dtype.type(greedy[4])) == greedy[:4]
 
 
