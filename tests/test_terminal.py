@@ -309,7 +309,6 @@ sys.exit(utils.run_command("prog", command, sys.argv[1:]))
     [
         ("prog print >/dev/full", 1, NO_SPACE),
         ("prog fail >/dev/full 2>/dev/full", 1, ""),
-        ("prog fail >&-", 1, "prog: wrong\n"),
         ("exec 3> >(true); wait $!; prog print >&3", 0, ""),  # nobody reads the pipe
         ("prog save <&- >&- 2>&-", 0, ""),
     ],
