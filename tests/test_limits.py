@@ -62,22 +62,17 @@ def result_or_error(function):
 # Options of generate and stream
 
 
-@pytest.mark.parametrize("function", [gpt2.generate, gpt2.stream])
+@pytest.mark.parametrize("function", [gpt2.generate, gpt2.stream, gpt2.token_probs, gpt2.sample])
 def test_the_signature_shows_the_options(function):
+    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    if function in (gpt2.generate, gpt2.stream):
+        defaults |= {"temperature": 0.0, "seed": None, "n_samples": None, "stop_id": None}
     parameters = inspect.signature(function).parameters
-    assert list(parameters)[:4] == ["inputs", "params", "n_head", "n_tokens_to_generate"]
-    defaults = {name: parameter.default for name, parameter in list(parameters.items())[4:]}
-    numbers = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
-    assert defaults == numbers | {"seed": None, "n_samples": None, "stop_id": None}
+    assert {
+        name: parameters[name].default for name in list(parameters)[-len(defaults) :]
+    } == defaults
     with pytest.raises(TypeError, match="temprature"):
         function(PROMPT, PARAMS, N_HEAD, 1, temprature=1)
-
-
-@pytest.mark.parametrize("function", [gpt2.token_probs, gpt2.sample])
-def test_the_signature_shows_the_options_of_one_token(function):
-    parameters = inspect.signature(function).parameters
-    options = {name: parameters[name].default for name in ("temperature", "top_k", "top_p")}
-    assert options == {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 DRAWN = {"temperature": 1.5, "seed": 2}
@@ -269,14 +264,6 @@ def test_huge_logits_give_a_distribution_or_an_error(logits, likeliest, temperat
         assert probs[list(likeliest)].max() == probs.max()
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, NO])
-@pytest.mark.parametrize("temperature", [0.0, 1.0, math.inf])
-def test_damaged_parameters_are_an_error(value, temperature):
-    params = {**PARAMS, "ln_f": {**PARAMS["ln_f"], "b": np.full(10, value, np.float32)}}
-    with pytest.raises(ValueError, match="logit"), np.errstate(invalid="ignore"):
-        gpt2.generate(PROMPT, params, N_HEAD, 1, temperature=temperature)
-
-
 # The cache
 
 
@@ -314,13 +301,10 @@ def test_a_cache_for_another_model_or_batch_is_refused(change, batch, shape):
     ("inputs", "options"),
     [
         ([N_VOCAB], {}),
-        ([], {}),
         ([1] * 20, {}),
         ([1], {"n_out": 0}),
         ([1], {"n_head": 3}),
-        ([1], {"ln_f": {}}),
         ([1], {"ln_f": {"g": np.ones(3), "b": np.ones(3)}}),
-        ([1], {"blocks": [*PARAMS["blocks"], {}]}),
         ([1, 2], {"blocks": [*PARAMS["blocks"][:10], PARAMS["blocks"][10] | {"mlp": {}}]}),
     ],
     ids=repr,
