@@ -499,7 +499,7 @@ WORDS = (
 )
 
 
-@pytest.mark.parametrize("n", [40, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_any_words(tiny, n):
     """An exception here would be a traceback in a process."""
     texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8)
