@@ -5,6 +5,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -239,26 +241,45 @@ def float64_layer_norm(x, g, b):
 
 
 def float64_gpt2(ids, params, n_head):
-    """The logits [n_seq, n_vocab] of a GPT-2 in float64, one head and one query at a time."""
-    params = map_arrays(lambda array: array.astype(np.float64), params)
-    n_seq, n_embd = len(ids), params["wte"].shape[1]
-    x = params["wte"][ids] + params["wpe"][:n_seq]
-    for block in params["blocks"]:
-        attn = block["attn"]
-        mlp = block["mlp"]
-        qkv = float64_layer_norm(x, **block["ln_1"]) @ attn["c_attn"]["w"] + attn["c_attn"]["b"]
-        heads = np.empty((n_seq, n_embd))
-        for columns in np.split(np.arange(n_embd), n_head):
-            q, k, v = (qkv[:, i * n_embd + columns] for i in range(3))
-            for i in range(n_seq):
-                weights = float64_softmax(k[: i + 1] @ q[i] / math.sqrt(len(columns)))
-                heads[i, columns] = weights @ v[: i + 1]
-        x = x + heads @ attn["c_proj"]["w"] + attn["c_proj"]["b"]
-        hidden = float64_gelu(
-            float64_layer_norm(x, **block["ln_2"]) @ mlp["c_fc"]["w"] + mlp["c_fc"]["b"]
-        )
-        x = x + hidden @ mlp["c_proj"]["w"] + mlp["c_proj"]["b"]
-    return float64_layer_norm(x, **params["ln_f"]) @ params["wte"].T
+    """The logits [n_seq, n_vocab] of a GPT-2 in float64, one head and one query at a time.
+
+    Products this small take many times longer in several BLAS threads on a busy machine.
+    """
+    from gpt2 import one_blas_thread
+
+    params = map_arrays(lambda array: array.astype(np.float64, copy=False), params)
+    x = params["wte"][ids] + params["wpe"][: len(ids)]
+    with one_blas_thread():
+        for block in params["blocks"]:
+            x = float64_block(x, n_head, **block)
+        return float64_layer_norm(x, **params["ln_f"]) @ params["wte"].T
+
+
+def float64_block(x, n_head, ln_1, attn, ln_2, mlp):
+    n_seq, n_embd = x.shape
+    qkv = float64_layer_norm(x, **ln_1) @ attn["c_attn"]["w"] + attn["c_attn"]["b"]
+    heads = np.empty((n_seq, n_embd))
+    for columns in np.split(np.arange(n_embd), n_head):
+        q, k, v = (qkv[:, i * n_embd + columns] for i in range(3))
+        for i in range(n_seq):
+            weights = float64_softmax(k[: i + 1] @ q[i] / math.sqrt(len(columns)))
+            heads[i, columns] = weights @ v[: i + 1]
+    x = x + heads @ attn["c_proj"]["w"] + attn["c_proj"]["b"]
+    hidden = float64_gelu(float64_layer_norm(x, **ln_2) @ mlp["c_fc"]["w"] + mlp["c_fc"]["b"])
+    return x + hidden @ mlp["c_proj"]["w"] + mlp["c_proj"]["b"]
+
+
+# Processes
+
+
+def bash(script, **options):
+    """Run a bash script in which `python` is this Python -> the finished process."""
+    environment = os.environ | {"PYTHON": sys.executable}
+    environment.pop("PYTHONUNBUFFERED", None)  # it would hide a missing flush
+    command = ["bash", "-c", f'python() {{ "$PYTHON" "$@"; }}; {script}']
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, **options
+    )
 
 
 # Comparisons

@@ -2,15 +2,16 @@
 
 import contextlib
 import functools
-import inspect
 import io
 import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -19,10 +20,10 @@ import pytest
 from helpers import (
     FILES,
     ROOT,
-    SMALL_HPARAMS,
+    bash,
     copy_model,
     float64_gpt2,
-    random_params,
+    map_arrays,
     read_terminal,
     tiktoken_encoding,
 )
@@ -34,7 +35,7 @@ import gpt2
 import utils
 
 N = 6  # tokens that a test asks for
-END = 268  # the id of <|endoftext|> in the small vocabulary
+END = 1023  # the id of <|endoftext|> in the vocabulary of the tiny model
 ROMEO = (  # what transformers makes of "ROMEO:" with the tiny model
     "\nI'll not be a brave, and I'll be accounted\nTo see the body of my body.\n\nROMEO:\nO, I"
 )
@@ -50,6 +51,11 @@ class Result(NamedTuple):
 class Terminal(io.TextIOWrapper):
     def isatty(self):
         return True
+
+
+def closed(*arguments):
+    """Return what sys.stdin is if the process was started without it."""
+    return None
 
 
 def run(*words, stdin=b"", stream=io.TextIOWrapper):
@@ -81,43 +87,30 @@ def run_process(*words, stdin=b"", **kwargs):
     return Result(process.returncode, out, err)
 
 
-def options_for(models_dir, model_size, n):
-    return [
-        f"--models_dir={models_dir}",
-        f"--model_size={model_size}",
-        f"--n_tokens_to_generate={n}",
-    ]
+def options_for(models_dir, n=N):
+    """The options for the tiny model and n tokens."""
+    return [f"--models_dir={models_dir}", "--model_size=tiny", f"--n_tokens_to_generate={n}"]
 
 
 @pytest.fixture(scope="module")
-def small_dir(small_model):
-    """The models_dir of the small model, which has been verified."""
-    utils.load_encoder_hparams_and_params("small", str(small_model.parent))
-    return str(small_model.parent)
+def options(models_dir):
+    return options_for(models_dir)
 
 
 @pytest.fixture(scope="module")
-def small(small_dir):
-    """The options for the small model."""
-    return options_for(small_dir, "small", N)
-
-
-@pytest.fixture(scope="module")
-def oracle(small_dir):
+def oracle(models_dir, tiny):
     """A function that continues a prompt with tiktoken, the model in float64, and argmax."""
-    encoding = tiktoken_encoding(small_dir, "small")
-    params = random_params(SMALL_HPARAMS)
+    encoding = tiktoken_encoding(models_dir, "tiny")
+    _, hparams, params = tiny
+    params = map_arrays(np.float64, params)
 
     @functools.cache
     def continue_text(prompt, special=False):
-        ids = encoding.encode(
-            prompt, allowed_special="all" if special else set(), disallowed_special=()
-        )
-        ids = ids or [END]
+        allowed = "all" if special else set()
+        ids = encoding.encode(prompt, allowed_special=allowed, disallowed_special=()) or [END]
         new_ids = []
         while len(new_ids) < N:
-            logits = float64_gpt2(ids + new_ids, params, SMALL_HPARAMS["n_head"])
-            new_id = int(np.argmax(logits[-1]))
+            new_id = int(np.argmax(float64_gpt2(ids + new_ids, params, hparams["n_head"])[-1]))
             if new_id == END:
                 break
             new_ids.append(new_id)
@@ -127,62 +120,67 @@ def oracle(small_dir):
 
 
 def assert_error(result, status, *parts):
-    """It printed only one line, on standard error, with these parts."""
+    """It printed only one line, on standard error, with these parts -> the line."""
     assert (result.status, result.out) == (status, ""), result
     assert re.fullmatch(r"gpt2\.py: [^\n]+\n", result.err)
     for part in parts:
         assert part in result.err
+    return result.err
 
 
 def assert_usage_error(words, *parts):
-    """It is refused before anything is loaded."""
+    """It is refused with one line before anything is loaded -> the line."""
     with mock.patch.object(utils, "load_encoder_hparams_and_params", side_effect=AssertionError):
-        assert_error(run(*words), 2, *parts)
+        return assert_error(run(*words), 2, *parts)
 
 
 # Prompts
 
 
 PROMPTS = (
-    *("the", "1984", "1, 2, 3", "None", "a #b", "{x}", "[1]", "'q'", '"', "", " ", "x=1", "é\n"),
-    *("-1", "True", "\\n", "- a", "--the", "-a", "--help me", "--", "a<|endoftext|>b"),
+    *("the", "1984", "1, 2", "None", "a #b", "{x}", "[1]", "'q'", "", " ", "x=1", "é\n", "True"),
+    *("-1", "\\n", "- a", "--the", "-a", "--help me", "--", "a<|endoftext|>b"),
 )
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_prompts_are_taken_literally(small, oracle, prompt):
-    expected = Result(0, oracle(prompt), "")
-    assert run(f"--prompt={prompt}", *small) == expected
-    if not re.match("--|-[a-z]", prompt):
-        assert run(prompt, *small) == expected
-        assert run("--prompt", prompt, *small) == expected
+def test_prompts_are_taken_literally(options):
+    for prompt in PROMPTS:
+        forms = [[f"--prompt={prompt}"]]
+        if not re.match("--|-[a-z]", prompt):
+            forms += [[prompt], ["--prompt", prompt]]
+        for words in forms:
+            assert arguments_of_continuation(words + options)[0] == prompt
+
+
+def test_texts_after_prompts(options, oracle):
+    for prompt in ("the", "1984", "", "é\n", "--the", "a<|endoftext|>b"):
+        assert run(f"--prompt={prompt}", *options) == Result(0, oracle(prompt), "")
+
+
+def arguments_of_continuation(words):
+    """What the words of the command line make of the text and the options -> (text, options)."""
+    with mock.patch.object(gpt2, "continuation", return_value=()) as continuation:
+        assert run(*words) == Result(0, "\n", "")
+    return continuation.call_args.args[0], continuation.call_args.kwargs
+
+
+CONTENTS = {"thé\n": "thé", "a\r\n": "a", "a\n\n": "a\n", "\ufeffthe\nand": "the\nand"}
 
 
 @pytest.mark.parametrize("words", [["-"], []])
-@pytest.mark.parametrize(
-    ("content", "prompt"),
-    [
-        ("thé\n", "thé"),
-        ("the", "the"),
-        ("a\r\n", "a"),
-        ("a\n\n", "a\n"),
-        ("\ufeffthe\nand", "the\nand"),
-    ],
-)
-def test_a_prompt_from_standard_input(small, oracle, words, content, prompt):
-    assert run(*words, *small, stdin=content.encode()) == Result(0, oracle(prompt), "")
+def test_a_prompt_from_standard_input(options, oracle, words):
+    for content, prompt in CONTENTS.items():
+        result = run(*words, *options, stdin=content.encode())
+        assert result == Result(0, oracle(prompt), "")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"\xef\xbb\xbf"])
-def test_empty_standard_input(small, oracle, content):
+def test_empty_standard_input(options, oracle, content):
     """It is an empty prompt only if it was asked for."""
-    assert run("-", *small, stdin=content) == Result(0, oracle(""), "")
-    assert_usage_is_shown(run(*small, stdin=content))
-
-
-def test_no_prompt_at_a_terminal():
-    assert_usage_is_shown(run(stream=Terminal))
-    assert_usage_is_shown(run("--seed=1", stream=Terminal))
+    assert run("-", *options, stdin=content) == Result(0, oracle(""), "")
+    assert_usage_is_shown(run(*options, stdin=content))
+    assert_usage_is_shown(run("--seed=1", stdin=b"the", stream=Terminal))
+    assert run("-", *options, stream=closed) == Result(0, oracle(""), "")
 
 
 def assert_usage_is_shown(result):
@@ -197,139 +195,99 @@ def assert_usage_is_shown(result):
 
 
 @pytest.mark.parametrize("words", [["-"], [], ["\udcff"], ["the", "--stop=\udcff"]])
-def test_text_that_is_not_utf_8(small, words):
+def test_text_that_is_not_utf_8(options, words):
     status = 2 if any("\udcff" in word for word in words) else 1
-    assert_error(run(*words, *small, stdin=b"the\xff"), status, "not UTF-8")
+    assert_error(run(*words, *options, stdin=b"the\xff"), status, "not UTF-8")
 
 
-def test_special_tokens(small, oracle):
+def test_special_tokens(options, oracle):
     prompt = "the<|endoftext|>and"
-    as_text = oracle(prompt)
     as_token = oracle(prompt, special=True)
-    assert as_text != as_token
-    assert run(prompt, *small).out == as_text
-    assert run(prompt, "--special_tokens", *small).out == as_token
-    assert run("--special-tokens", prompt, *small).out == as_token
+    assert oracle(prompt) != as_token
+    assert run("--special-tokens", prompt, *options).out == as_token
     lines = f"{prompt}\nthe\n{prompt}\n".encode()
     answers = as_token + oracle("the") + as_token
-    assert run("--special_tokens", "--interactive", *small, stdin=lines).out == answers
+    assert run("--special_tokens", "--interactive", *options, stdin=lines).out == answers
 
 
 # Options
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["the", "6", "small", "DIR"],
-        ["the", "6", "--model_size=small", "--models_dir=DIR"],
-        ["the", "--n-tokens-to-generate", "6", "--model-size", "small", "--models-dir", "DIR"],
-        ["-p", "the", "--n_tokens_to_generate=6", "--model_size", "small", "--models-dir=DIR"],
-        ["-p=the", "6", "small", "DIR"],
-        ["--models_dir=DIR", "the", "--model_size=small", "6"],
-        ["--prompt", "the", "6", "small", "DIR"],
-        ["the", "6", "--seed=1", "small", "--temperature=0", "DIR", "--seed", "2"],
-    ],
-    ids=" ".join,
-)
-def test_arguments_of_picogpt(small_dir, oracle, words):
-    result = run(*(word.replace("DIR", small_dir) for word in words))
+PICOGPTS = [
+    "the 6 tiny DIR",
+    "the 6 --model_size=tiny --models_dir=DIR",
+    "the --n-tokens-to-generate 6 --model-size tiny --models-dir DIR",
+    "-p=the 6 tiny DIR",
+    "--models_dir=DIR the --model_size=tiny 6",
+    "--prompt the 6 tiny DIR",
+    "the 6 --seed=1 tiny --temperature=0 DIR --seed 2",
+]
+
+
+@pytest.mark.parametrize("words", PICOGPTS)
+def test_arguments_of_picogpt(models_dir, oracle, words):
+    result = run(*words.replace("DIR", models_dir).split())
     assert (result.status, result.out) == (0, oracle("the"))
 
 
-@pytest.mark.parametrize("words", [["--top_k=1"], ["--top-p", "1e-6"], ["--temperature", "1e-9"]])
-def test_sampling_from_one_token_is_greedy(small, oracle, words):
-    assert run("the", "--temperature=2", "--seed", "7", *words, *small).out == oracle("the")
-
-
-def test_sampling(small, small_dir, oracle):
-    words = ["the", "--temperature", "2.5", "--top_k", "50", "--top_p=.95", *small]
+def test_sampling(options, models_dir, oracle):
+    words = ["the", "--temperature", "2.5", "--top_k", "50", "--top_p=.95", *options]
     first = run(*words, "--seed=1").out
-    assert first == run(*words, "--seed", "1").out
     assert len({first, run(*words, "--seed=2").out, oracle("the")}) == 3
-    options = {"temperature": 2.5, "top_k": 50, "top_p": 0.95, "seed": 1}
-    assert first == gpt2.main("the", N, "small", small_dir, **options) + "\n"
+    sampling = {"temperature": 2.5, "top_k": 50, "top_p": 0.95, "seed": 1}
+    assert first == gpt2.main("the", N, "tiny", models_dir, **sampling) + "\n"
 
 
-def test_samples_have_headings(small, oracle):
-    result = run("the", "--n_samples", "3", "--temperature=9", "--top_k=1", *small)
+def test_samples_have_headings(options, oracle):
+    result = run("the", "--n_samples", "3", "--temperature=9", "--top_k=1", *options)
     line = "=" * 40
     headings = [f"{line} SAMPLE {number} {line}\n" for number in (1, 2, 3)]
     assert result == Result(0, "".join(heading + oracle("the") for heading in headings), "")
 
 
-@pytest.mark.parametrize(
-    ("stops", "end"),
-    [
-        (["\\n\\n"], "\n\n"),
-        (["brave", "not"], "not"),
-        (["not", "brave"], "not"),
-        (["see\\tthe", "body\\n"], None),
-        (["my body.\\n"], "my body.\n"),
-        (["\\\\n", "a"], "a"),
-        (["-", "True"], None),
-    ],
-)
-def test_stop_texts(models_dir, stops, end):
-    words = [word for stop in stops for word in ("--stop", stop)]
-    text = ROMEO if end is None else ROMEO.partition(end)[0]
-    assert run("ROMEO:", *words, *options_for(models_dir, "tiny", 40)) == Result(0, f"{text}\n", "")
+def test_stop_texts(models_dir, options):
+    words = ["ROMEO:", "--stop", "brave", "--stop=not", *options_for(models_dir, 40)]
+    assert run(*words) == Result(0, ROMEO.partition("not")[0] + "\n", "")
+    words = ["a", "--stop", r"\\n\n\t\a\\", "--stop=é", "--stop", "-", "--stop", "True"]
+    stops = arguments_of_continuation(words + options)[1]["stop"]
+    assert stops == ["\\n\n\t\\a\\", "é", "-", "True"]
 
 
-def test_a_backslash_in_a_stop_text(small):
-    with mock.patch.object(gpt2, "continuation", return_value=()) as continuation:
-        run("a", "--stop", r"\\n\n\t\a\\", "--stop=é", *small)
-    assert continuation.call_args.kwargs["stop"] == ["\\n\n\t\\a\\", "é"]
+WARNINGS = {
+    "--seed 1": ["no effect: --seed"],
+    "--top-k=5 --top_p=.5 --temperature=0": ["no effect: --top_k, --top_p"],
+    "--n_samples 2": ["all samples are equal"],
+    "--n_samples=1 --top_k=1 --temperature=1e-3": [],
+}
 
 
-@pytest.mark.parametrize(
-    ("words", "warnings"),
-    [
-        (["--seed", "1"], ["no effect: --seed"]),
-        (["--top-k=5", "--top_p=.5", "--temperature=0"], ["no effect: --top_k, --top_p"]),
-        (["--n_samples", "2"], ["all samples are equal"]),
-        (["--n_samples", "1"], []),
-        (["--top_k=1", "--temperature=1e-3"], []),
-    ],
-)
-def test_options_without_effect_give_a_warning(small, oracle, words, warnings):
-    result = run("the", *words, *small)
+@pytest.mark.parametrize("words", WARNINGS)
+def test_options_without_effect_give_a_warning(options, oracle, words):
+    result = run("the", *words.split(), *options)
     assert result.status == 0
     assert oracle("the") in result.out
-    lines = result.err.splitlines()
-    assert len(lines) == len(warnings)
-    for line, warning in zip(lines, warnings, strict=True):
-        assert line.startswith("gpt2.py: warning: at temperature 0, ")
-        assert line.endswith(warning)
+    start = "gpt2.py: warning: at temperature 0, "
+    ends = [line.removeprefix(start) for line in result.err.splitlines()]
+    assert [end.removeprefix("these options have ") for end in ends] == WARNINGS[words]
 
 
 OTHER_WORDS = {
     "model": "model_size",
-    "temp": "temperature",
     "length": "n_tokens_to_generate",
-    "max_tokens": "n_tokens_to_generate",
     "max-new-tokens": "n_tokens_to_generate",
-    "max_token": "n_tokens_to_generate",
-    "num_samples": "n_samples",
     "nsamples": "n_samples",
-    "models_dri": "models_dir",
-    "modelsize": "model_size",
-    "temprature": "temperature",
     "Temperature": "temperature",
     "topp": "top_p",
     "interactve": "interactive",
-    "special": "special_tokens",
-    "promt": "prompt",
     "noprompt": "prompt",
 }
 
 
 @pytest.mark.parametrize("typed", OTHER_WORDS)
 def test_another_name_of_an_option(typed):
-    words = [f"there is no option --{typed}; ", f"did you mean --{OTHER_WORDS[typed]}?\n"]
-    assert_usage_error(["hi", f"--{typed}", "1"], *words)
-    assert_usage_error([f"--{typed}=1"], *words)
-    assert_usage_error(["hi", f"--{typed}"], *words)
+    message = f"there is no option --{typed}; did you mean --{OTHER_WORDS[typed]}?\n"
+    for words in (["hi", f"--{typed}", "1"], [f"--{typed}=1"], ["hi", f"--{typed}"]):
+        assert_usage_error(words, message)
 
 
 QUOTES = "put the prompt in quotes"
@@ -340,34 +298,19 @@ WHOLE = "must be a whole number, 0 or more, got"
     ("words", "parts"),
     [
         (["a", "b"], [QUOTES, "'b' is taken for n_tokens_to_generate"]),
-        (["a", "upper"], [QUOTES, "'upper'"]),
         (["a", "1", "small", "models", "more"], [QUOTES, "'more'"]),
         (["--prompt=a", "b"], [QUOTES, "'b'"]),
         (["-like this"], ["-like this", "--prompt="]),
         (["--prompt", "--like this"], ["--prompt needs a value", "--prompt=-x"]),
-        (["--prompt", "-like this"], ["--prompt"]),
-        (["a", "--nope", "1"], ["--nope", "--help"]),
-        (["a", "--nope=1"], ["--nope;"]),
-        (["a", "--no_color"], ["--no_color"]),
+        (["a", "--nope=1"], ["--nope;", "--help"]),
         (["a", "-n", "3"], ["-n is ambiguous", "--n_tokens_to_generate or --n_samples"]),
         (["a", "-t", "1"], ["-t is ambiguous", "--temperature, --top_k or --top_p"]),
-        (["a", "-s=1"], ["-s is ambiguous", "--seed, --stop or --special_tokens"]),
-        (["a", "-x"], ["no option -x"]),
         (["a", "--model-size", "--seed", "1"], ["--model-size needs a value"]),
-        (["a", "--n_tokens_to_generate"], ["--n_tokens_to_generate needs a value"]),
-        (["a", "--stop"], ["--stop needs a value"]),
         (["a", "--seed", "-x"], ["--seed needs a value"]),
         (["a", "--interactive=True"], ["--interactive takes no value"]),
-        (["a", "--special-tokens=1"], ["--special-tokens takes no value"]),
         (["a", "--", "--trace"], ["no option --;"]),
-        (["-", "--", "--interactive"], ["no option --;"]),
-        (["a", "--n_tokens_to_generate", "x"], [f"n_tokens_to_generate {WHOLE} 'x'"]),
         (["a", "--n_tokens_to_generate=2.5"], [f"n_tokens_to_generate {WHOLE} '2.5'"]),
         (["a", "-1"], [f"n_tokens_to_generate {WHOLE} '-1'"]),
-        (["a", "--seed", "-3"], [f"--seed {WHOLE} '-3'"]),
-        (["a", "--top_k", "-3"], [f"--top_k {WHOLE} '-3'"]),
-        (["a", "--temperature", "-0.5"], ["--temperature must be a number, 0 or more, got '-0.5'"]),
-        (["a", "--temperature", "nan"], ["must be a number, 0 or more, got 'nan'"]),
         (["a", "--temperature", "hot"], ["must be a number, 0 or more, got 'hot'"]),
         (["a", "--top_p", "90"], ["--top_p must be above 0 and at most 1, got '90'", "90% is 0.9"]),
         (["a", "--n_samples", "0"], ["must be a whole number from 1 to 100000, got '0'"]),
@@ -376,97 +319,58 @@ WHOLE = "must be a whole number, 0 or more, got"
     ids=str,
 )
 def test_unusable_words_are_one_line_before_any_work(words, parts):
-    assert_usage_error(words, *parts)
-    if QUOTES not in parts:
-        with pytest.raises(AssertionError):
-            assert_usage_error(words, QUOTES)
+    message = assert_usage_error(words, *parts)
+    assert (QUOTES in message) == (QUOTES in parts)
 
 
-@pytest.mark.parametrize("python", [[], ["-OO"]])
-def test_help_matches_the_signature(python):
-    page = run_process("a", "--nope", "-h", python=python).out.decode()
-    assert page == run("--help").out
-    shown = dict(re.findall(r"^ *--(\w+) +(\S+)?(?=  |\n)", page, re.MULTILINE))
-    defaults = {}
-    for name, parameter in inspect.signature(gpt2.main).parameters.items():
-        if name not in ("prompt", "special_tokens"):
-            defaults[name] = "" if parameter.default is None else str(parameter.default)
-    assert {name: shown.pop(name) for name in defaults} == defaults
-    assert shown == {"special_tokens": "", "interactive": "", "help": ""}
+def test_help():
+    page = f"{gpt2.HELP}\n"
+    assert run("a", "--nope", "-h") == Result(0, page, "")
+    assert run_process("--help", python=["-OO"]) == Result(0, page.encode(), b"")
     assert max(map(len, page.splitlines())) <= 100
 
 
 # Errors after the arguments
 
 
-def test_a_model_that_does_not_exist(small_dir):
-    found = ["there is no model", "124M, 355M, 774M, 1558M"]
-    assert_error(run("a", "--model_size", "nope", "--models_dir", small_dir), 1, *found, "small")
+def test_a_model_that_does_not_exist(models_dir):
+    found = ["there is no model", "124M, 355M, 774M, 1558M", "tiny"]
     hint = f"'poems' is taken for model_size (if it belongs to the prompt, {QUOTES}): there is no"
-    assert_error(run("write", "40", "poems", "--models_dir", small_dir), 1, hint, *found, "small")
-    assert_error(run("write", "40", "poems", "there"), 1, hint)
-    for words in (["--model_size=poems"], ["40", "--model_size", "poems"]):
-        result = run("a", *words, "--models_dir", small_dir)
-        assert_error(result, 1, *found)
-        assert QUOTES not in result.err
+    assert_error(run("write", "40", "poems", models_dir), 1, hint, *found)
+    words = ["a", "40", "--model_size", "poems", "--models_dir", models_dir]
+    assert QUOTES not in assert_error(run(*words), 1, *found)
 
 
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [("gpt2", "124M"), ("gpt2-medium", "355M"), ("gpt2-large", "774M"), ("gpt2-xl", "1558M")],
-)
-def test_another_name_of_a_published_size(small_dir, name, size):
-    words = ["hi", "--model_size", name, "--models_dir", small_dir]
-    assert_error(run(*words), 1, f"did you mean {size}", f"{small_dir}/{name}")
-
-
-def test_the_bundled_model_is_found_from_any_folder(tmp_path, monkeypatch):
+def test_names_in_any_folder(tmp_path, monkeypatch):
+    """tiny is found; other models are looked for there; 124M cannot belong to the prompt."""
     monkeypatch.chdir(tmp_path)
-    words = ["--model_size", "tiny", "--n_tokens_to_generate"]
-    assert run("ROMEO:", *words, "40") == Result(0, f"{ROMEO}\n", "")
+    assert run("ROMEO:", "40", "tiny") == Result(0, f"{ROMEO}\n", "")
     assert_error(run("hi", "--model_size=nope"), 1, str(tmp_path / "models"))
-
-
-def test_a_folder_that_cannot_be_used(tmp_path, monkeypatch):
     monkeypatch.setenv("GPT2_BASE_URL", "nonsense")
-    words = ["a", "3", "124M", str(tmp_path)]
-    result = run(*words)
-    assert_error(result, 1, "GPT2_BASE_URL", "'nonsense'")
-    assert QUOTES not in result.err  # 124M is a model's name
-    monkeypatch.setenv("GPT2_BASE_URL", "http://127.0.0.1:9")
-    (tmp_path / "124M").write_text("a file where a folder should be")
-    assert_error(run(*words), 1, "124M")
+    assert QUOTES not in assert_error(run("a", "3", "124M"), 1, "GPT2_BASE_URL", "'nonsense'")
 
 
-@pytest.mark.parametrize("name", [b"m\xff", b"[a]*?", "é".encode()])
-def test_a_folder_with_any_name(tmp_path, name):
-    folder = tmp_path / os.fsdecode(name)
+def test_a_folder_with_any_name(tmp_path):
+    folder = tmp_path / os.fsdecode(b"m\xff[a]*? \xc3\xa9")
     copy_model(ROOT / "models" / "tiny", folder / "tiny")
     assert run("ROMEO:", "40", "tiny", str(folder)) == Result(0, f"{ROMEO}\n", "")
 
 
-def test_damaged_parameters(small, small_dir):
-    encoder, hparams, params = utils.load_encoder_hparams_and_params("small", small_dir)
-    for value in (np.nan, np.inf):
-        for key, array in params["ln_f"].items():
-            damaged = params | {"ln_f": params["ln_f"] | {key: np.full_like(array, value)}}
-            model = encoder, hparams, damaged
-            with mock.patch.object(utils, "load_encoder_hparams_and_params", return_value=model):
-                assert_error(run("the", *small), 1, "the logits are not finite")
-                result = run("--interactive", *small, stdin=b"the\nand\n")
-            assert (result.status, result.out) == (1, "")
-            assert result.err.count("gpt2.py: the logits are not finite") == 2
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_damaged_parameters(options, tiny, value):
+    encoder, hparams, params = tiny
+    damaged = params | {"ln_f": params["ln_f"] | {"g": np.full(128, value, np.float32)}}
+    model = encoder, hparams, damaged
+    with mock.patch.object(utils, "load_encoder_hparams_and_params", return_value=model):
+        assert_error(run("the", *options), 1, "the logits are not finite")
+        result = run("--interactive", *options, stdin=b"the\nand\n")
+    assert (result.status, result.out) == (1, "")
+    assert result.err.count("gpt2.py: the logits are not finite") == 2
 
 
-@pytest.mark.parametrize("error", [MemoryError(), OverflowError("too large"), OSError("no x")])
-def test_exceptions_are_one_line(small, error):
-    with mock.patch.object(gpt2, "continuation", side_effect=error):
-        assert_error(run("the", *small), 1, str(error) or "out of memory")
-
-
-def test_from_a_server_to_the_text(small_model, tmp_path, monkeypatch, oracle):
+def test_from_a_server_to_the_text(models_dir, tmp_path, monkeypatch, oracle):
     words = ["the", str(N), "--models_dir"]
-    with Server({name: (small_model / name).read_bytes() for name in FILES}) as server:
+    with Server({name: Path(models_dir, "tiny", name).read_bytes() for name in FILES}) as server:
         monkeypatch.setenv("GPT2_BASE_URL", server.address)
         monkeypatch.setenv("no_proxy", "*")
         assert_error(run(*words, str(tmp_path / "other")), 1, "/124M/", "sha256")
@@ -483,23 +387,22 @@ def test_from_a_server_to_the_text(small_model, tmp_path, monkeypatch, oracle):
 # Interactive use
 
 
-def test_interactive_from_a_pipe_prints_only_the_answers(small, oracle):
+def test_interactive_from_a_pipe_prints_only_the_answers(options, oracle):
     lines = "\ufeffthe\n\r\n\nand\r\nthé".encode()
     answers = oracle("the") + oracle("and") + oracle("thé")
-    assert run("--interactive", *small, stdin=lines) == Result(0, answers, "")
-    assert run("in", "-i", *small, stdin=lines) == Result(0, oracle("in") + answers, "")
-    assert run("--interactive", "-", *small, stdin=b"the\nand\n").out == oracle("the\nand")
-    assert run("--interactive", *small, stdin=b"") == Result(0, "", "")
-
-
-def test_interactive_from_a_pipe_goes_on_after_an_error(small, oracle):
-    result = run("--interactive", *small, stdin=b"the\na\xffb\nand\n")
+    assert run("--interactive", *options, stdin=lines) == Result(0, answers, "")
+    assert run("in", "-i", *options, stdin=lines) == Result(0, oracle("in") + answers, "")
+    assert run("--interactive", "-", *options, stdin=b"the\nand\n").out == oracle("the\nand")
+    assert run("--interactive", *options, stdin=b"") == Result(0, "", "")
+    result = run("--interactive", *options, stdin=b"the\na\xffb\nand\n")  # goes on after an error
     assert result == Result(1, oracle("the") + oracle("and"), "gpt2.py: the prompt is not UTF-8\n")
 
 
-def status_after_talk(words, talk):
-    """Run the command line on a pseudo-terminal, with talk(send, wait_for, process) -> status."""
+def test_interactive_at_a_terminal(models_dir):
+    """The answers have 100,000 tokens, so each one is interrupted."""
+    beginning = ROMEO.partition(" and")[0].encode().replace(b"\n", b"\r\n")
     terminal, end = pty.openpty()
+    words = ["ROMEO:", "--interactive", *options_for(models_dir, 100_000)]
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), end)
     process = start(*words, env={"TERM": "dumb"}, **streams)  # no escape sequences
     os.close(end)
@@ -509,129 +412,85 @@ def status_after_talk(words, talk):
         """Read until the text is shown -> what is shown before it."""
         nonlocal shown
         while text not in shown:
-            ready, _, _ = select.select([terminal], [], [], 60)
+            ready, _, _ = select.select([terminal], [], [], 120)
             assert ready, f"{text} did not appear: {shown}"
             shown += os.read(terminal, 1000)
         before, _, shown = shown.partition(text)
         return before
 
     try:
-        talk(lambda data: os.write(terminal, data), wait_for, process)
+        assert b"Ctrl-D" in wait_for(beginning)  # the answer to the prompt in the arguments
+        process.send_signal(signal.SIGINT)
+        wait_for(b"\r\n> ")
+        os.write(terminal, b"\n")
+        assert wait_for(b"> ") == b"\r\n"  # an empty line is no prompt
+        os.write(terminal, b"a\xffb\n")
+        wait_for(b"\r\ngpt2.py: the prompt is not UTF-8\r\n> ")
+        process.send_signal(signal.SIGINT)
+        os.write(terminal, b"\n")  # readline needs a key if the signal came before it began to wait
+        wait_for(b"> ")
+        os.write(terminal, b"ROMEO:\n")
+        wait_for(beginning)
+        process.send_signal(signal.SIGINT)
+        wait_for(b"\r\n> ")
+        os.write(terminal, b"\x04")
         shown += read_terminal(terminal)
         assert b"Traceback" not in shown
-        return process.wait(timeout=60)
+        assert process.wait(timeout=120) == 0
     finally:
         process.kill()
-
-
-def test_interactive_at_a_terminal(models_dir):
-    """The answers have 100,000 tokens, so each one is interrupted."""
-    beginning = ROMEO.partition(" and")[0].encode().replace(b"\n", b"\r\n")
-
-    def talk(send, wait_for, process):
-        def interrupt():
-            process.send_signal(signal.SIGINT)
-
-        assert b"Ctrl-D" in wait_for(beginning)  # the answer to the prompt in the arguments
-        interrupt()
-        wait_for(b"\r\n> ")
-        send(b"\n")
-        assert wait_for(b"> ") == b"\r\n"  # an empty line is no prompt
-        send(b"a\xffb\n")
-        wait_for(b"\r\ngpt2.py: the prompt is not UTF-8\r\n> ")
-        interrupt()
-        send(b"\n")  # readline needs a key if the signal came before it began to wait
-        wait_for(b"> ")
-        send(b"ROMEO:\n")
-        wait_for(beginning)
-        interrupt()
-        wait_for(b"\r\n> ")
-        send(b"\x04")
-
-    words = ["ROMEO:", "--interactive", *options_for(models_dir, "tiny", 100_000)]
-    assert status_after_talk(words, talk) == 0
+        process.wait()
 
 
 # Processes
 
 
-@pytest.mark.parametrize("words", [["ROMEO:"], ["--interactive"]])
-def test_ctrl_c_exits_with_130_and_no_message(models_dir, words):
-    with start(*words, *options_for(models_dir, "tiny", 100_000)) as process:
+def test_ctrl_c_exits_with_130_and_no_message(models_dir):
+    with start("--interactive", *options_for(models_dir, 100_000)) as process:
         process.stdin.write(b"ROMEO:\nJULIET:\n")
         process.stdin.close()
         assert process.stdout.read(10) == ROMEO[:10].encode()
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
+        assert process.wait(timeout=120) == 130
         assert process.stderr.read() == b""
 
 
-def test_the_c_locale(small, oracle):
+def test_the_c_locale(options):
     """The arguments are UTF-8 all the same. Characters that cannot be shown become ?."""
     environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    prompt = next(chars for chars in ("é中", "ü", "ñ", "中") if not oracle(chars).isascii())
-    result = run_process(prompt, *small, env=environment)
-    assert result == Result(0, oracle(prompt).encode("ascii", "replace"), b"")
+    words = ["é中", "--temperature=9", "--seed=6", *options]
+    text = run(*words).out
+    assert not text.isascii()
+    result = run_process(*words, env=environment)
+    assert result == Result(0, text.encode("ascii", "replace"), b"")
 
 
-def test_output_under_the_profiler_and_before_python_i(small, oracle):
-    text = oracle("the").encode()
-    result = run_process("the", *small, python=["-m", "cProfile"])
-    assert result.status == 0
-    assert result.out.startswith(text)
-    assert b"function calls" in result.out
-    result = run_process("the", *small, python=["-i"], stdin=b"print(main.__name__)\n")
-    assert result.out == text + b"main\n"
+def test_python_goes_on_after_the_text(options, oracle):
+    """Python's option -i keeps the interpreter. Neither TensorFlow nor requests is imported."""
+    script = b"import sys\nprint({'numpy', 'tensorflow', 'requests'} & set(sys.modules))\n"
+    result = run_process("the", *options, python=["-i"], stdin=script)
+    assert result.out == oracle("the").encode() + b"{'numpy'}\n"
 
 
-def test_a_warm_run_loads_neither_tensorflow_nor_requests(small):
-    code = (
-        "import sys, gpt2; status = gpt2.command_line(sys.argv[1:]);"
-        "print(status, {'tensorflow', 'requests'} & set(sys.modules))"
-    )
-    command = [sys.executable, "-c", code, "the", *small]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    assert result.stdout.endswith(b"\n0 set()\n")
-
-
-@pytest.mark.parametrize("package", ["fire", "regex", "requests"])
-def test_a_missing_package(tmp_path, package):
-    error = f"raise ModuleNotFoundError(\"No module named '{package}'\", name='{package}')\n"
-    (tmp_path / f"{package}.py").write_text(error)
-    words = ["a", f"--models_dir={tmp_path}"]
-    result = run_process(*words, env={"PYTHONPATH": str(tmp_path)})
+def test_a_missing_package(tmp_path, monkeypatch):
+    error = "raise ModuleNotFoundError(\"No module named 'regex'\", name='regex')\n"
+    (tmp_path / "regex.py").write_text(error)
+    result = run_process("a", env={"PYTHONPATH": str(tmp_path)})
     assert (result.status, result.out) == (1, b"")
-    assert re.fullmatch(rf"gpt2\.py: .*pip install .*{package}.*\n", result.err.decode())
+    assert re.fullmatch(r"gpt2\.py: .*pip install .*regex.*\n", result.err.decode())
+    monkeypatch.setitem(sys.modules, "fire", None)
+    assert_error(run("a"), 1, "pip install fire")
 
 
-@pytest.mark.parametrize("redirection", ["<&-", ">&-", "2>&-", "2>/dev/full", "| head -c 1"])
-def test_closed_streams(small, oracle, redirection):
-    """Standard input that is closed counts as empty."""
-    words = [sys.executable, str(ROOT / "gpt2.py"), "-", *small]
-    script = f'set -o pipefail; "$@" {redirection}'
-    command = ["bash", "-c", script, "bash", *words]
-    result = subprocess.run(command, input=b"the", capture_output=True, timeout=120)
-    expected = oracle("" if redirection == "<&-" else "the").encode()
-    if redirection == ">&-":
-        expected = b""
-    if redirection == "| head -c 1":
-        expected = expected[:1]
-    assert (result.returncode, result.stdout, result.stderr) == (0, expected, b"")
-
-
-def test_output_that_cannot_be_written(small):
-    with open("/dev/full", "wb") as full:
-        result = run_process("the", *small, stdout=full)
-        usage = run_process(stderr=full)
-    assert result.status == 1
-    assert re.fullmatch(rb"gpt2\.py: [^\n]+\n", result.err)
-    assert (usage.status, usage.out) == (2, b"")
+def test_an_early_end_of_the_output_is_no_error(options, oracle):
+    script = f"set -o pipefail; python gpt2.py the {shlex.join(options)} | head -c 1"
+    result = bash(script, cwd=ROOT)
+    assert (result.returncode, result.stdout, result.stderr) == (0, oracle("the")[:1], "")
 
 
 # Random words
 
 
-TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8)
 WORDS = (
     *("-", "--", "---", "--=", "-h", "-i", "-v", "-p", "-p=a", "-n", "-s", "--no", "2", "3"),
     *("--prompt", "--interactive", "--special_tokens", "--seed", "--top_k=1", "--n_samples"),
@@ -640,29 +499,24 @@ WORDS = (
 )
 
 
-def check_any_words(small, words):
+@pytest.mark.parametrize("n", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_any_words(tiny, n):
     """An exception here would be a traceback in a process."""
-    result = run(*words, *small[:2], "--n_tokens_to_generate=1")
-    assert result.status in (0, 1, 2)
-    assert result.out == "" or result.status == 0
-    lines = result.err.splitlines()
-    if len(lines) == USAGE_LINES and "GPT-2" in lines[0]:
-        assert result.status == 2
-        return
-    assert result.err.count("\n") == len(lines)
-    warnings = [line for line in lines if line.startswith("gpt2.py: warning: ")]
-    assert len(warnings) <= 2
-    assert len(lines) - len(warnings) == (result.status != 0)
+    texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8)
 
+    @settings(max_examples=n, deadline=None, derandomize=True)
+    @given(words=st.lists(texts | st.sampled_from(WORDS), max_size=5))
+    def check(words):
+        with mock.patch.object(utils, "load_encoder_hparams_and_params", return_value=tiny):
+            result = run(*words, "--n_tokens_to_generate=1")
+        assert result.out == "" or result.status == 0
+        lines = result.err.splitlines()
+        if len(lines) == USAGE_LINES and "GPT-2" in lines[0]:
+            assert result.status == 2
+            return
+        assert result.err.count("\n") == len(lines)
+        errors = [line for line in lines if not line.startswith("gpt2.py: warning: ")]
+        assert (result.status, len(errors)) in ((0, 0), (1, 1), (2, 1))
+        assert len(lines) <= len(errors) + 2
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(words=st.lists(TEXT | st.sampled_from(WORDS), max_size=5))
-def test_any_words(small, words):
-    check_any_words(small, words)
-
-
-@pytest.mark.slow
-@settings(max_examples=3000, deadline=None, derandomize=True)
-@given(words=st.lists(TEXT | st.sampled_from(WORDS), max_size=5))
-def test_many_words(small, words):
-    check_any_words(small, words)
+    check()
