@@ -71,8 +71,10 @@ def test_the_signature_shows_the_options(function):
     assert {
         name: parameters[name].default for name in list(parameters)[-len(defaults) :]
     } == defaults
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(TypeError, match="temprature") as error:
         function(PROMPT, PARAMS, N_HEAD, 1, temprature=1)
+    if function in (gpt2.generate, gpt2.stream):
+        assert all(name in str(error.value) for name in defaults)
 
 
 DRAWN = {"temperature": 1.5, "seed": 2}

@@ -23,7 +23,7 @@ def exact_log_probs(ids, params, n_head):
 
 
 def assert_log_probs(ids, params, n_head, exact):
-    result = gpt2.log_probs(ids, params, n_head)
+    result = gpt2.log_probs(ids=ids, params=params, n_head=n_head)
     assert result.dtype == np.float32
     assert result.shape == (len(ids) - 1,)
     atol = 1e-4 * max(1, np.abs(exact).max(initial=0))
