@@ -612,7 +612,7 @@ def dask_workers(n_workers: int | None, scheduler: str | None, n_threads: int) -
             client = stack.enter_context(distributed.Client(scheduler, timeout=CONNECT_SECONDS))
         except (OSError, RuntimeError) as error:
             raise ConnectionError(f"no connection to the Dask scheduler: {error}") from None
-        count_slots = functools.partial(count_threads, client)
+        count_slots = functools.partial(count_worker_threads, client)
         if not count_slots():
             complain("score.py", "the scheduler has no workers yet; waiting for them")
         submit = functools.partial(client.get_executor(pure=False).submit, score_remotely, PROJECT)
@@ -638,7 +638,7 @@ def local_cluster(n_workers: int, n_threads: int) -> Any:
     )
 
 
-def count_threads(client: Any) -> int:
+def count_worker_threads(client: Any) -> int:
     """Return the number of threads of all workers."""
     try:
         return sum(client.nthreads().values())
