@@ -116,11 +116,8 @@ def score_file(run, tmp_path):
 
 
 def read_lines(output: bytes):
-    def reject(constant):
-        raise AssertionError(f"{constant} is no JSON")
-
     assert not output or output.endswith(b"\n")
-    return [json.loads(line, parse_constant=reject) for line in output.splitlines()]
+    return [json.loads(line) for line in output.splitlines()]
 
 
 def random_texts(n, seed=0, longest=30):
@@ -246,14 +243,11 @@ def test_the_lines_of_an_input(score_file, tmp_path, monkeypatch, name, content,
         else:  # the small vocabulary has no characters of several bytes
             shown = text.encode().decode("ascii", "backslashreplace")
             assert "".join(line["tokens"]) == shown
-            assert ("漢" in text or line["n_tokens"] > 0) or text == ""
 
 
 NO_TEXT = {
     "UTF-16": "the rain\nthe king\n".encode("utf-16-le"),
-    "UTF-16-BE": "the rain\nthe king\n".encode("utf-16-be"),
     "Chinese UTF-16": "漢字 the\n漢字\n".encode("utf-16-le"),
-    "UTF-32": "the rain\n".encode("utf-32-le"),
     "Latin-1": "é\nè\n".encode("latin-1"),
     "gzip": gzip.compress(b"the rain\n" * 1000, mtime=0),
     "a mix": b"\x00\x80the\nthe\n\x81\x00\n\x90\n",
@@ -262,9 +256,8 @@ NO_TEXT = {
 
 @pytest.mark.parametrize("kind", NO_TEXT)
 def test_a_file_that_is_no_text(run, tmp_path, kind):
-    for name in ("texts.txt", "texts.jsonl"):
-        (tmp_path / name).write_bytes(NO_TEXT[kind])
-        assert_one_line(run(tmp_path / name), 1, name, "is not text", "byte order mark")
+    (tmp_path / "texts").write_bytes(NO_TEXT[kind])
+    assert_one_line(run(tmp_path / "texts"), 1, "texts is not text", "byte order mark")
 
 
 COMPRESSORS = {
@@ -327,6 +320,7 @@ def test_hostile_lines(run, tmp_path):
             assert error is None or error in line["error"]
             assert set(line) - set(kept) == (FIGURES if error is None else {"error"})
             assert kept.items() <= line.items()
+        assert not re.search(b"NaN|Infinity", output.read_bytes())  # which are no JSON
 
 
 def test_fields(score_file, tmp_path):
@@ -343,9 +337,8 @@ def test_fields(score_file, tmp_path):
 def test_a_character_that_the_vocabulary_lacks(score_file, tmp_path):
     write_folder(tmp_path / "small")
     edit(tmp_path / "small" / "vocab.json", lambda content: content.replace(b'"z"', b'"zzz"'))
-    path = tmp_path / "texts.txt"
-    path.write_text("the\nzoo\nand\n")
-    first, second, third = score_file(path, models_dir=tmp_path)
+    (tmp_path / "texts.txt").write_text("the\nzoo\nand\n")
+    first, second, third = score_file(tmp_path / "texts.txt", models_dir=tmp_path)
     assert "'z'" in second["error"]
     assert set(first) == set(third) == FIGURES
 
@@ -422,6 +415,11 @@ def killed_at_the_end(process):
             process.kill()
 
 
+def feed(process, content):
+    process.stdin.write(content)
+    process.stdin.flush()
+
+
 def wait_for(condition, seconds=100):
     end = time.monotonic() + seconds
     while not condition():
@@ -490,19 +488,19 @@ def test_ctrl_c(models_dir, run, corpus, tmp_path, workers):
     if workers:
         pytest.importorskip("distributed", reason="needs Dask")
     path, whole = corpus
-    output = tmp_path / "scores.jsonl"
+    options = ["--output", tmp_path / "scores.jsonl", *workers]
     pipe = {"start_new_session": True, "stdin": subprocess.PIPE}
-    process = start(models_dir, "-", "--output", output, *workers, **pipe)
-    with killed_at_the_end(process):
-        process.stdin.write(path.read_bytes()[:-100])
-        process.stdin.flush()
-        wait_for(lambda: size(output))
+    with killed_at_the_end(start(models_dir, "-", *options, **pipe)) as process:
+        feed(process, path.read_bytes()[:-100])
+        wait_for(lambda: size(options[1]))
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers, too
         _, stderr = process.communicate(timeout=100)
     message = b"score.py: interrupted; the same command continues\n"
     assert (process.returncode, stderr) == (130, message)
-    assert_one_line(run(path, "--output", output), 1, FAILED)
-    assert output.read_bytes() == whole
+    with killed_at_the_end(start(models_dir, path, *options)) as process:
+        _, stderr = process.communicate(timeout=100)
+    assert (process.returncode, stderr.decode()) == (1, f"score.py: {FAILED}\n")
+    assert options[1].read_bytes() == whole
 
 
 def test_every_kind_of_cut(run, corpus, written):
@@ -520,18 +518,16 @@ def test_every_kind_of_cut(run, corpus, written):
         assert os.path.isfile(f"{output}.run")
 
 
-def test_later_lines_of_the_input_may_change(score_file, run, written, tmp_path):
+def test_later_lines_of_the_input_may_change(run, written):
     path, output = written
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[: WINDOW + 9], b'{"text": "new"}\n', *lines[WINDOW + 99 :]]))
     first = b"".join(output.read_bytes().splitlines(keepends=True)[: WINDOW + 9])
     output.write_bytes(first)
-    assert run(path, "--output", output)[0] == 1
-    continued = output.read_bytes()
-    assert continued.startswith(first)
-    for line, other in zip(read_lines(continued), score_file(path), strict=True):
-        assert line.get("id") == other.get("id")
-        assert line.get("nats") == pytest.approx(other.get("nats"), abs=1e-3)
+    assert_one_line(run(path, "--output", output), 1, "1 of ")
+    assert output.read_bytes().startswith(first)
+    ids = [line.get("id") for line in read_lines(output.read_bytes())]
+    assert ids == [*range(WINDOW + 9), None, *range(WINDOW + 99, N_TEXTS - 1), None]
 
 
 def assert_refused(run, path, output, *options, **kwargs):
@@ -575,10 +571,10 @@ def test_another_model_option_or_input_is_refused(run, corpus, written, tmp_path
 def test_an_output_that_belongs_to_something_else_is_not_touched(run, corpus, written):
     path, output = written
     whole = corpus[1]
-    lines = whole.splitlines(keepends=True)
-    other = lines[0].replace(b'"nats": ', b'"nats": 1')
-    contents = [b"notes\n", lines[0] + lines[2][:40], other, b"notes", lines[1]]
-    contents += [whole + lines[0], whole + b"{", b"\xff\n", lines[0] + b"\n"]
+    first, second, third = whole.splitlines(keepends=True)[:3]
+    other = first.replace(b'"nats": ', b'"nats": 1')
+    contents = [b"notes\n", first + third[:40], other, b"notes", second]
+    contents += [whole + first, whole + b"{", b"\xff\n", first + b"\n"]
     for content in contents:
         output.write_bytes(content)
         assert_refused(run, path, output)
@@ -589,7 +585,7 @@ def test_an_output_that_belongs_to_something_else_is_not_touched(run, corpus, wr
     assert_refused(run, path, path)  # the input is not overwritten
 
 
-def test_a_damaged_record(run, written):
+def test_a_damaged_record_is_refused(run, written):
     path, output = written
     record = output.with_name("scores.jsonl.run")
     whole = record.read_bytes()
@@ -598,8 +594,6 @@ def test_a_damaged_record(run, written):
     for damaged in (b"", b"[]\n", whole[1:], header + b"\n" + entries[:99], reversed_entries):
         record.write_bytes(damaged)
         assert_refused(run, path, output)
-    record.write_bytes(whole)
-    assert_one_line(run(path, "--output", output), 1, FAILED)
 
 
 # The identity of the model
@@ -657,36 +651,32 @@ class Cluster:
     def __init__(self, folder, processes):
         self.folder = folder
         self.processes = processes
-        self.address = None
+        self.file = folder / "scheduler.json"
 
     def start(self, program, *arguments, cwd):
-        words = [sys.executable, "-m", f"distributed.cli.dask_{program}", *arguments]
+        words = [sys.executable, "-m", f"distributed.cli.dask_{program}", "--no-dashboard"]
+        words += ["--scheduler-file", str(self.file), *arguments]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen([*words, "--no-dashboard"], cwd=cwd, **quiet)
+        process = subprocess.Popen(words, cwd=cwd, **quiet)
         return self.processes.enter_context(killed_at_the_end(process))
 
     def scheduler(self):
-        """Start a scheduler and wait until it has an address."""
-        file = self.folder / "scheduler.json"
-        file.unlink(missing_ok=True)
-        options = ["--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file)]
-        process = self.start("scheduler", *options, cwd=self.folder)
-
-        def has_address():
-            with contextlib.suppress(OSError, ValueError):  # the file is not there, or not whole
-                self.address = json.loads(file.read_text())["address"]
-                return True
-
-        wait_for(has_address)
+        self.file.unlink(missing_ok=True)
+        process = self.start("scheduler", "--host", "127.0.0.1", "--port", "0", cwd=self.folder)
+        wait_for(self.address)
         return process
 
+    def address(self):
+        """The address of the scheduler, or None before its file is there and whole."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self.file.read_text())["address"]
+
     def worker(self, cwd, n_threads=1):
-        options = ["--no-nanny", "--nthreads", str(n_threads)]
-        return self.start("worker", self.address, *options, cwd=cwd)
+        return self.start("worker", "--no-nanny", "--nthreads", str(n_threads), cwd=cwd)
 
     def score(self, path, output, cwd):
         """Run score.py -> (exit status, the last line of standard error)"""
-        options = ["--output", output, "--scheduler", self.address]
+        options = ["--output", output, "--scheduler", self.address()]
         with killed_at_the_end(start(CURRENT_DIR, path, *options, cwd=cwd)) as process:
             _, stderr = process.communicate(timeout=100)
         return process.returncode, stderr.decode().splitlines()[-1]
@@ -725,17 +715,15 @@ def test_workers_and_schedulers_come_and_go(models_dir, corpus, cluster):
     output = cluster.folder / "scores.jsonl"
     scheduler = cluster.scheduler()
     first = cluster.worker(models_dir)
-    options = ["--output", output, "--scheduler", cluster.address]
+    options = ["--output", output, "--scheduler", cluster.address()]
     process = start(models_dir, "-", *options, stdin=subprocess.PIPE)
     with killed_at_the_end(process):
         n_bytes = LINE_BYTES * (WINDOW + 50)
-        process.stdin.write(content[:n_bytes])
-        process.stdin.flush()
+        feed(process, content[:n_bytes])
         wait_for(lambda: size(output))
         cluster.worker(models_dir)
         first.kill()
-        process.stdin.write(content[n_bytes : 2 * n_bytes])
-        process.stdin.flush()
+        feed(process, content[n_bytes : 2 * n_bytes])
         first_window = len(b"".join(whole.splitlines(keepends=True)[:WINDOW]))
         wait_for(lambda: size(output) >= first_window)
         scheduler.kill()
@@ -755,36 +743,10 @@ def test_a_scheduler_that_is_lost_before_its_workers_are_counted(cluster):
     with contextlib.ExitStack() as stack:
         lost = pytest.raises(ConnectionError, match="^no connection to the Dask scheduler")
         stack.enter_context(lost)
-        pool = stack.enter_context(score.dask_workers(None, cluster.address, 1))
+        pool = stack.enter_context(score.dask_workers(None, cluster.address(), 1))
         scheduler.kill()
         scheduler.wait()
         pool.count_slots()
-
-
-@pytest.mark.slow
-def test_a_local_cluster_whose_workers_are_killed(models_dir, corpus, tmp_path):
-    pytest.importorskip("distributed", reason="needs Dask")
-    psutil = pytest.importorskip("psutil", reason="comes with distributed")
-    path, whole = corpus
-    content = path.read_bytes()
-    options = ["--output", tmp_path / "scores.jsonl", "--workers", "2"]
-
-    def kill_a_worker(process):
-        for child in psutil.Process(process.pid).children():
-            with contextlib.suppress(psutil.Error):  # it is already dead
-                if "spawn_main" in " ".join(child.cmdline()):
-                    child.kill()
-                    return True
-        return False
-
-    with killed_at_the_end(start(models_dir, "-", *options, stdin=subprocess.PIPE)) as process:
-        process.stdin.write(content[:-LINE_BYTES])
-        process.stdin.flush()
-        wait_for(lambda: size(options[1]))
-        wait_for(lambda: kill_a_worker(process))
-        _, stderr = process.communicate(content[-LINE_BYTES:], timeout=100)
-    assert (process.returncode, stderr.decode()) == (1, f"score.py: {FAILED}\n")
-    assert options[1].read_bytes() == whole
 
 
 def test_a_scheduler_that_is_not_there(run):
@@ -794,24 +756,21 @@ def test_a_scheduler_that_is_not_there(run):
 
 @pytest.mark.slow
 def test_memory_stays_flat(models_dir, tmp_path):
-    """The client needs as much for 200,000 lines as for 20,000."""
+    """The client needs as much for 100,000 lines as for 10,000."""
     psutil = pytest.importorskip("psutil", reason="comes with distributed")
     peaks = []
-    for n_lines in (20_000, 200_000):
+    for n_lines in (10_000, 100_000):
         path = tmp_path / f"{n_lines}.txt"
         path.write_text("the other\n" * n_lines)
-        peak = 0
         output = tmp_path / f"{n_lines}.jsonl"
+        peaks.append(0)
         with killed_at_the_end(start(models_dir, path, "--output", output)) as process:
-            measured = psutil.Process(process.pid)
             while process.poll() is None:
                 with contextlib.suppress(psutil.Error):
-                    peak = max(peak, measured.memory_info().rss)
+                    peaks[-1] = max(peaks[-1], psutil.Process(process.pid).memory_info().rss)
                 time.sleep(0.05)
-        assert process.returncode == 0
         assert len(output.read_bytes().splitlines()) == n_lines
-        peaks.append(peak)
-    assert peaks[1] < peaks[0] + 20_000_000
+    assert peaks[1] < peaks[0] + 15_000_000
 
 
 # The manual and the terminal
