@@ -420,7 +420,7 @@ def feed(process, content):
     process.stdin.flush()
 
 
-def wait_for(condition, seconds=100):
+def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -463,7 +463,7 @@ def test_windows_of_short_lines():
 
 def test_closed_streams(models_dir):
     with killed_at_the_end(start(models_dir, "-", shell="exec <&- >&-")) as process:
-        assert process.communicate(timeout=100)[1] == b""
+        assert process.communicate(timeout=300)[1] == b""
     assert process.returncode == 0
 
 
@@ -494,11 +494,11 @@ def test_ctrl_c(models_dir, run, corpus, tmp_path, workers):
         feed(process, path.read_bytes()[:-100])
         wait_for(lambda: size(options[1]))
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers, too
-        _, stderr = process.communicate(timeout=100)
+        _, stderr = process.communicate(timeout=300)
     message = b"score.py: interrupted; the same command continues\n"
     assert (process.returncode, stderr) == (130, message)
     with killed_at_the_end(start(models_dir, path, *options)) as process:
-        _, stderr = process.communicate(timeout=100)
+        _, stderr = process.communicate(timeout=300)
     assert (process.returncode, stderr.decode()) == (1, f"score.py: {FAILED}\n")
     assert options[1].read_bytes() == whole
 
@@ -678,7 +678,7 @@ class Cluster:
         """Run score.py -> (exit status, the last line of standard error)"""
         options = ["--output", output, "--scheduler", self.address()]
         with killed_at_the_end(start(CURRENT_DIR, path, *options, cwd=cwd)) as process:
-            _, stderr = process.communicate(timeout=100)
+            _, stderr = process.communicate(timeout=300)
         return process.returncode, stderr.decode().splitlines()[-1]
 
 
@@ -727,7 +727,7 @@ def test_workers_and_schedulers_come_and_go(models_dir, corpus, cluster):
         first_window = len(b"".join(whole.splitlines(keepends=True)[:WINDOW]))
         wait_for(lambda: size(output) >= first_window)
         scheduler.kill()
-        _, stderr = process.communicate(content[2 * n_bytes :], timeout=100)
+        _, stderr = process.communicate(content[2 * n_bytes :], timeout=300)
     assert process.returncode == 1
     assert stderr.splitlines()[-1].startswith(b"score.py: no connection to the Dask scheduler")
     assert first_window <= size(output) < len(whole)
@@ -756,10 +756,10 @@ def test_a_scheduler_that_is_not_there(run):
 
 @pytest.mark.slow
 def test_memory_stays_flat(models_dir, tmp_path):
-    """The client needs as much for 100,000 lines as for 10,000."""
+    """The client needs as much for 50,000 lines as for 5,000."""
     psutil = pytest.importorskip("psutil", reason="comes with distributed")
     peaks = []
-    for n_lines in (10_000, 100_000):
+    for n_lines in (5_000, 50_000):
         path = tmp_path / f"{n_lines}.txt"
         path.write_text("the other\n" * n_lines)
         output = tmp_path / f"{n_lines}.jsonl"
@@ -770,7 +770,7 @@ def test_memory_stays_flat(models_dir, tmp_path):
                     peaks[-1] = max(peaks[-1], psutil.Process(process.pid).memory_info().rss)
                 time.sleep(0.05)
         assert len(output.read_bytes().splitlines()) == n_lines
-    assert peaks[1] < peaks[0] + 15_000_000
+    assert peaks[1] < peaks[0] + 10_000_000
 
 
 # The manual and the terminal
@@ -788,7 +788,7 @@ def test_the_readme_shows_what_is_printed(tmp_path, language, code, shown):
         (tmp_path / name).symlink_to(ROOT / name)
     code = re.sub(r"(^|\| )python ", rf"\1{sys.executable} ", code, flags=re.MULTILINE)
     program = ["sh", "-c", code] if language == "sh" else [sys.executable, "-c", code]
-    printed = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    printed = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert printed.stderr == ""
     number = r"\d+\.\d+(?:e-\d+)?"
     assert re.split(number, printed.stdout) == re.split(number, shown)
