@@ -222,7 +222,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(("term", "no_color"), [("xterm", ""), ("xterm", "1"), ("dumb", "")])
-def test_view_on_a_terminal(run, monkeypatch, term, no_color):
+def test_view_on_a_terminal(run, tiny_model, monkeypatch, term, no_color):
     monkeypatch.setenv("TERM", term)
     monkeypatch.setenv("NO_COLOR", no_color)
     monkeypatch.setattr("sys.stdout", Terminal())
@@ -233,8 +233,15 @@ def test_view_on_a_terminal(run, monkeypatch, term, no_color):
         view = re.sub(r"\033\[[0-9;]*m", "", view).replace("↵\n", "\n")
     assert "\033" not in view
     assert PLAIN in view
-    assert "Most surprising" in view
-    assert "█" in view
+    ids, probs = expected_predictions(PLAIN, tiny_model)
+    found = probs[range(len(ids) - 1), ids[1:]]
+    worst = found.argmin()
+    row = probs[worst]
+    surprising, likely = re.findall("(?:instead|next)\n(.+)", view)
+    token, instead = tiny_model.labels([ids[worst + 1], row.argmax()])
+    shown = [token, look.percent(found[worst]), f"{rank(row, ids[worst + 1]):,}"]
+    assert surprising.split() == [*shown, instead, look.percent(row.max())]
+    assert likely.split()[1:] == [look.percent(probs[-1].max()), "█" * 30]
     figures = r"\d+ tokens, perplexity [\d.]+, [\d.]+ bits per byte"
     assert re.fullmatch(figures, view.strip().split("\n")[-1])
 

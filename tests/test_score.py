@@ -358,7 +358,7 @@ def test_a_character_that_the_vocabulary_lacks(score_file, tmp_path):
         (["."], 1, ["directory"]),
         (["README.md", "--output", "no/such/folder.jsonl"], 1, ["no/such/folder.jsonl"]),
         (["README.md", "--output", "/dev/full"], 1, ["No space left"]),
-        (["README.md", "--workers", "2"], 1, ["pip install distributed"]),
+        (["README.md", "--workers", "1"], 1, ["pip install distributed"]),
         (["texts.zst"], 1, ["pip install zstandard"]),
     ],
 )
