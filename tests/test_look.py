@@ -1,13 +1,11 @@
 """examples/look.py: its numbers against transformers, what it writes, and its page in a browser."""
 
-import base64
 import io
 import json
 import os
 import re
 import subprocess
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -25,14 +23,12 @@ from helpers import (
     held_out_text,
     map_arrays,
     random_params,
-    read_terminal,
-    write_model,
+    write_vocabulary,
 )
 
-from encoder import Encoder
+from encoder import Encoder, get_encoder
 from examples import look
 from gpt2 import gpt2, log_probs
-from utils import load_encoder_hparams_and_params
 
 PLAIN = "the rain and the king\nin the ring"
 HOSTILE = (
@@ -41,14 +37,6 @@ HOSTILE = (
     "\"quotes\" 'and' &amp; {{data}} {{script}} `${document.title='executed'}` \\n\n"
     "שלום مرحبا 😀 👨‍👩‍👧 e\u0301\ttab \x00 \x1b[31m \u202e \u2028 \r\n<|endoftext|>"
 )
-
-
-@pytest.fixture(scope="module")
-def models_dir(tmp_path_factory):
-    """A folder with a random model whose context is long enough for every text of these tests."""
-    folder = tmp_path_factory.mktemp("models")
-    write_model(folder / "small", SMALL_HPARAMS | {"n_ctx": 400})
-    return folder
 
 
 class Model(NamedTuple):
@@ -66,19 +54,19 @@ class Model(NamedTuple):
         return look.page(look.read(text, *self), "the model's name", *self)
 
 
-def load(name, models_dir):
-    encoder, hparams, params = load_encoder_hparams_and_params(name, str(models_dir))
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random model whose context is long enough for every text of these tests."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    write_vocabulary(folder / "small")
+    params = random_params(SMALL_HPARAMS | {"n_ctx": 400})
+    return Model(get_encoder("small", str(folder)), params, SMALL_HPARAMS["n_head"])
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny):
+    encoder, hparams, params = tiny
     return Model(encoder, params, hparams["n_head"])
-
-
-@pytest.fixture(scope="module")
-def model(models_dir):
-    return load("small", models_dir)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return load("tiny", ROOT / "models")
 
 
 def expected_predictions(text, model):
@@ -100,26 +88,14 @@ def likeliest(row, n):
 # The numbers
 
 
-@pytest.fixture(params=REFERENCE_MODELS)
-def inside(request):
-    """(ids, params, n_head, attention weights, logit lens), the last two by transformers"""
-    hparams = REFERENCE_MODELS[request.param]
+@pytest.mark.parametrize("name", REFERENCE_MODELS)
+def test_inside_is_as_in_transformers(name):
+    hparams = REFERENCE_MODELS[name]
     with np.load(DATA_DIR / "look.npz") as arrays:
-        keys = [f"{request.param}/{key}" for key in ("ids", "attention", "lens")]
-        ids, attention, lens = (arrays[key] for key in keys)
-    return ids.tolist(), random_params(hparams), hparams["n_head"], attention, lens
-
-
-def test_inside_is_as_in_transformers(inside):
-    ids, params, n_head, attention, lens = inside
-    weights = look.attention_weights(ids, params, n_head)
-    assert_close(weights, attention)
-    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
-    layers = look.logit_lens(ids, params, n_head)
-    assert_close(layers, lens)
-    for k, logits in enumerate(layers):
-        shorter = params | {"blocks": params["blocks"][:k]}
-        assert_close(logits, gpt2(ids, **shorter, n_head=n_head))
+        ids, attention, lens = (arrays[f"{name}/{key}"] for key in ("ids", "attention", "lens"))
+    inputs = (ids.tolist(), random_params(hparams), hparams["n_head"])
+    assert_close(look.attention_weights(*inputs), attention)
+    assert_close(look.logit_lens(*inputs), lens)
 
 
 def test_the_scale_of_a_layer_is_that_of_its_queries():
@@ -135,35 +111,19 @@ def test_the_scale_of_a_layer_is_that_of_its_queries():
     assert_close(weights, look.attention_weights(ids, scaled, 3)[0])
 
 
-@pytest.mark.parametrize(
-    "ids",
-    [[], [-1], [3, 269], [3, -270], range(33), [1.5]],
-    ids=str,
-)
+@pytest.mark.parametrize("ids", [[], [-1], [3, 269], range(33), [1.5]], ids=str)
 def test_unusable_ids(ids):
     with pytest.raises((ValueError, TypeError), match="token"):
         look.attention_weights(ids, random_params(SMALL_HPARAMS), 3)
 
 
-def test_predictions_are_those_of_gpt2(model):
+def test_figures_are_those_of_log_probs(model):
     reading = look.read(PLAIN, *model)
-    ids, probs = expected_predictions(PLAIN, model)
-    assert reading["ids"] == ids
-    assert len(reading["predictions"]) == len(ids)
-    for row, each in zip(probs, reading["predictions"], strict=True):
-        assert each["likeliest"] == likeliest(row, 10)
-        np.testing.assert_allclose(each["probs"], row[each["likeliest"]], rtol=1e-4)
-    targets = zip(probs, ids[1:], reading["predictions"], strict=False)
-    for row, target, each in targets:
-        assert each["rank"] == rank(row, target)
-        assert each["prob"] == pytest.approx(row[target], rel=1e-4)
-        assert each["bits"] == pytest.approx(-np.log2(row[target]), rel=1e-4)
-    log_p = log_probs(ids, model.params, model.n_head)
+    log_p = log_probs(reading["ids"], model.params, model.n_head)
     n_tokens, perplexity, bits_per_byte = look.figures(reading, model.encoder)
-    assert n_tokens == len(ids) - 1
+    assert n_tokens == len(reading["ids"]) - 1 == len(log_p)
     assert np.log(perplexity) == pytest.approx(-log_p.mean(), rel=1e-4)
-    n_bits = -log_p.sum() / np.log(2)
-    assert bits_per_byte * len(PLAIN) == pytest.approx(n_bits, rel=1e-4)
+    assert bits_per_byte * len(PLAIN) == pytest.approx(-log_p.sum() / np.log(2), rel=1e-4)
 
 
 def test_equal_logits_are_in_the_order_of_their_ids():
@@ -173,23 +133,7 @@ def test_equal_logits_are_in_the_order_of_their_ids():
     assert described["rank"] == 3
 
 
-def test_packed_attention_holds_the_weights(model):
-    ids = model.encoder.encode(PLAIN)
-    weights = look.attention_weights(ids, model.params, model.n_head)
-    packed = look.packed_attention(ids, model.params, model.n_head)
-    content = zlib.decompress(base64.b64decode(packed))
-    order = np.argsort(-weights, axis=-1, kind="stable")[..., :5]
-    places = np.frombuffer(content, "<u2", order.size)
-    assert (places == order.ravel()).all()
-    strongest = np.frombuffer(content, "<u2", order.size, offset=2 * order.size)
-    expected = np.take_along_axis(weights, order, axis=-1).ravel()
-    np.testing.assert_allclose(strongest / 65535, expected, atol=0.6 / 65535)
-    levels = np.frombuffer(content, np.uint8, offset=4 * order.size)
-    expected = np.sqrt(weights[..., np.tri(len(ids), dtype=bool)])
-    np.testing.assert_allclose(levels / 15, expected.ravel(), atol=0.51 / 15)
-
-
-@pytest.mark.parametrize("factor", [np.nan, np.inf, 1e25, 1e38])
+@pytest.mark.parametrize("factor", [np.nan, 1e25, 1e38])
 def test_parameters_that_overflow_are_an_error(model, factor):
     with np.errstate(over="ignore", invalid="ignore"):
         damaged = map_arrays(lambda array: array * np.float32(factor), model.params)
@@ -197,58 +141,41 @@ def test_parameters_that_overflow_are_an_error(model, factor):
         model.with_params(**damaged).page(PLAIN)
 
 
-def test_a_vocabulary_without_start(model):
+def test_what_starts_a_text(model):
     vocabulary = dict(model.encoder.encoder)
+    encoder = Encoder(vocabulary, [], first_ids=[7])
+    reading = look.read("ab", encoder, model.params, model.n_head)
+    assert reading["ids"] == encoder.encode("ab")
     del vocabulary["<|endoftext|>"]
     with pytest.raises(ValueError, match="the vocabulary has no token that starts a text"):
         look.read("x", Encoder(vocabulary, []), model.params, model.n_head)
 
 
-def test_an_encoder_that_starts_a_text_itself(model):
-    encoder = Encoder(model.encoder.encoder, [], first_ids=[7])
-    assert look.read("ab", encoder, model.params, model.n_head)["ids"] == encoder.encode("ab")
-
-
 # Tokens as text
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("plain", "plain"),
-        ("a\\b\n\t\x1b\x7f", r"a\\b\n\t\x1b\x7f"),
-        ("\u202e\u2028\udcf0\u00a0é", "\\u202e\\u2028\\xf0\u00a0é"),
-        ("👨‍👩‍👧", "👨‍👩‍👧"),
-        ("\u0301", "◌\u0301"),
-        ("\r\n", r"\r\n"),
-    ],
-)
-def test_visible(text, expected):
-    assert look.visible(text) == expected
+def test_visible():
+    assert look.visible("a\\b\n\t\x1b\x7f") == r"a\\b\n\t\x1b\x7f"
+    assert look.visible("\u202e\u2028\udcf0\u00a0é") == "\\u202e\\u2028\\xf0\u00a0é"
+    assert look.visible("👨‍👩‍👧\u0301") == "👨‍👩‍👧\u0301"
+    assert look.visible("\u0301") == "◌\u0301"
 
 
-def test_characters_of_several_tokens_stay_whole(tiny):
-    ids = tiny.encoder.encode("a 😀é e\u0301👨‍👩‍👧\n")
-    grouped = look.groups(ids, tiny.encoder)
+def test_padded():
+    for text in ("ab  ", "abcd", "漢字"):
+        assert look.padded(text.rstrip(), 4) == text
+    assert look.padded("abcde", 4) == "abc…"
+    assert look.padded("漢字x", 4) == "漢… "
+
+
+def test_characters_of_several_tokens_stay_whole(tiny_model):
+    encoder = tiny_model.encoder
+    ids = encoder.encode("a 😀é e\u0301👨‍👩‍👧\n")
+    grouped = look.groups(ids, encoder)
     texts = [group.text.strip(" ") for group in grouped if group.text != " "]
     assert texts == ["a", "😀", "é", "e\u0301", "👨‍👩‍👧", "\n"]
     assert sum(group.n_tokens for group in grouped) == len(ids)
-    cut = look.groups(ids[:-3], tiny.encoder)[-1]
-    assert cut == ("�", 2)  # the text ends inside a character
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("ab", "ab  "),
-        ("abcd", "abcd"),
-        ("abcde", "abc…"),
-        ("漢字", "漢字"),
-        ("漢字x", "漢… "),
-    ],
-)
-def test_padded(text, expected):
-    assert look.padded(text, 4) == expected
+    assert look.groups(ids[:-3], encoder)[-1] == ("�", 2)  # the text ends inside a character
 
 
 # The command line
@@ -256,70 +183,67 @@ def test_padded(text, expected):
 
 @pytest.fixture
 def run(models_dir, monkeypatch, capsys):
-    """A function that runs the command line in this process -> (status, output, errors)."""
+    """run(arguments) -> (status, output, errors) of the command line, in this process"""
 
-    def run(*arguments, stdin=b"", model_size="small"):
+    def run(*arguments, stdin=b""):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        options = ["--model_size", model_size, "--models_dir", str(models_dir)]
-        status = look.main([*map(str, arguments), *options])
+        options = ["--model_size", "tiny", "--models_dir", models_dir]
+        status = look.main([*options, *map(str, arguments)])
         return status, *capsys.readouterr()
 
     return run
 
 
-def process(models_dir, *arguments, program=("-m", "examples.look"), cwd=ROOT, **options):
+def process(*arguments, program=("-m", "examples.look"), cwd=ROOT, **options):
     """Run the command line in a process of its own."""
-    command = [sys.executable, *program, *arguments, "--model_size", "small"]
-    command += ["--models_dir", str(models_dir)]
+    command = [sys.executable, *program, *arguments, "--model_size", "tiny"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.run(command, cwd=cwd, **options)
 
 
-@pytest.mark.parametrize("text", [PLAIN, HOSTILE], ids=["plain", "hostile"])
-@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["no mark", "mark"])
-def test_table_in_a_pipe(run, model, text, mark):
-    status, output, errors = run("-", stdin=f"{mark}{text}\n".encode())
+@pytest.mark.parametrize("text", [PLAIN, f"\ufeff{HOSTILE}"], ids=["plain", "hostile"])
+def test_table_in_a_pipe(run, tiny_model, text):
+    status, output, errors = run("-", stdin=f"{text}\n".encode())
     assert (status, errors) == (0, "")
-    ids, probs = expected_predictions(text, model)
+    ids, probs = expected_predictions(text.removeprefix("\ufeff"), tiny_model)
     lines = output.removesuffix("\n").split("\n")
     for i, (line, row) in enumerate(zip(lines, probs[:-1], strict=True), 1):
         position, token, prob, its_rank, *expected = line.split("\t")
         assert int(position) == i
         assert float(prob) == pytest.approx(row[ids[i]], rel=1e-4)
         assert int(its_rank) == rank(row, ids[i])
-        texts = [look.token_text(each, model.encoder) for each in (ids[i], *likeliest(row, 3))]
-        assert [token, *expected] == texts
+        shown = [look.token_text(each, tiny_model.encoder) for each in (ids[i], *likeliest(row, 3))]
+        assert [token, *expected] == shown
 
 
-def run_on_terminal(models_dir, **environment):
-    """The output of the command on a terminal."""
-    pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
-    terminal = {"TERM": "xterm", "NO_COLOR": ""}
-    master, slave = pty.openpty()
-    environment = os.environ | terminal | environment
-    with ThreadPoolExecutor() as executor:
-        output = executor.submit(read_terminal, master)
-        process(models_dir, PLAIN, stdout=slave, env=environment)
-        os.close(slave)
-    return output.result().decode().replace("\r\n", "\n")
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
-def test_view_on_a_terminal(models_dir):
-    output = run_on_terminal(models_dir)
-    assert "\033[38;5;16;48;5;195m rank 1 to 10 \033[0m" in output
-    plain = re.sub(r"\033\[[0-9;]*m", "", output)
-    assert PLAIN.replace("\n", "↵\n") in plain
-    assert "Most surprising" in plain
-    assert "█" in plain
+@pytest.mark.parametrize(("term", "no_color"), [("xterm", ""), ("xterm", "1"), ("dumb", "")])
+def test_view_on_a_terminal(run, tiny_model, monkeypatch, term, no_color):
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr("sys.stdout", Terminal())
+    assert run(PLAIN)[0] == 0
+    view = sys.stdout.getvalue()
+    if (term, no_color) == ("xterm", ""):
+        assert "\033[38;5;16;48;5;195m rank 1 to 10 \033[0m" in view
+        view = re.sub(r"\033\[[0-9;]*m", "", view).replace("↵\n", "\n")
+    assert "\033" not in view
+    assert PLAIN in view
+    ids, probs = expected_predictions(PLAIN, tiny_model)
+    found = probs[range(len(ids) - 1), ids[1:]]
+    worst = found.argmin()
+    row = probs[worst]
+    surprising, likely = re.findall("(?:instead|next)\n(.+)", view)
+    token, instead = tiny_model.labels([ids[worst + 1], row.argmax()])
+    shown = [token, look.percent(found[worst]), f"{rank(row, ids[worst + 1]):,}"]
+    assert surprising.split() == [*shown, instead, look.percent(row.max())]
+    assert likely.split()[1:] == [look.percent(probs[-1].max()), "█" * 30]
     figures = r"\d+ tokens, perplexity [\d.]+, [\d.]+ bits per byte"
-    assert re.fullmatch(figures, plain.strip().split("\n")[-1])
-
-
-@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
-def test_terminals_without_colours(models_dir, name, value):
-    output = run_on_terminal(models_dir, **{name: value})
-    assert "\033" not in output
-    assert PLAIN in output
+    assert re.fullmatch(figures, view.strip().split("\n")[-1])
 
 
 def test_text_cannot_control_the_terminal(model):
@@ -340,37 +264,26 @@ def test_text_cannot_control_the_terminal(model):
         ([b"a\xff"], 2, "an argument is not UTF-8"),
         ([""], 1, "the text is empty"),
         (["-"], 1, "standard input is not UTF-8"),
+        (["x", "--model_size", "absent"], 1, "absent"),
     ],
-    ids=str,
 )
 def test_errors_are_one_line(run, arguments, status, message):
     result = run(*map(os.fsdecode, arguments), stdin=b"a\xff")
     assert result[:2] == (status, "")
-    check_error(result[2], message)
-
-
-def check_error(errors, message):
-    assert message in errors
-    assert errors.startswith("look.py: ")
-    assert errors.count("\n") == 1
-
-
-def test_a_model_that_does_not_exist(run):
-    status, output, errors = run("x", model_size="absent")
-    assert (status, output) == (1, "")
-    check_error(errors, "absent")
+    assert message in result[2]
+    assert result[2].startswith("look.py: ")
+    assert result[2].count("\n") == 1
 
 
 def test_text_longer_than_the_context(run):
-    _, output, errors = run("-", stdin=b"x" * 500)
-    assert output.count("\n") == 399
-    assert errors == "look.py: only the first 399 tokens fit into the context; 101 are left out\n"
+    _, output, errors = run("-", stdin=b"x" * 300)
+    assert output.count("\n") == 255
+    assert errors == "look.py: only the first 255 tokens fit into the context; 45 are left out\n"
 
 
 def test_a_context_of_one_token(model, monkeypatch, tmp_path, capsys):
     smallest = model.with_params(wpe=model.params["wpe"][:1])
-    hparams = {"n_head": model.n_head}
-    loaded = (model.encoder, hparams, smallest.params)
+    loaded = (model.encoder, {"n_head": model.n_head}, smallest.params)
     monkeypatch.setattr(look, "load_encoder_hparams_and_params", lambda *_: loaded)
     assert look.main(["xyz"]) == 0
     output, errors = capsys.readouterr()
@@ -382,12 +295,12 @@ def test_a_context_of_one_token(model, monkeypatch, tmp_path, capsys):
     assert "Likeliest next" in look.terminal_view(reading, model.encoder, colours=True)
 
 
-def test_the_file_itself_runs_from_any_folder(models_dir, tmp_path):
+def test_the_file_itself_runs_from_any_folder(tmp_path, run):
     program = str(ROOT / "examples" / "look.py")
-    result = process(models_dir, "ab", program=[program], cwd=tmp_path)
+    result = process("ab", program=[program], cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, b"")
-    assert result.stdout == process(models_dir, "ab").stdout
-    assert b"--html FILE" in process(models_dir, "-h", program=["-OO", program]).stdout
+    assert result.stdout.decode() == run("ab")[1]
+    assert b"--html FILE" in process("-h", program=["-OO", program]).stdout
 
 
 # Where the page is written
@@ -416,22 +329,18 @@ def test_a_file_is_replaced_and_links_are_followed(run, tmp_path):
 def test_a_pipe_is_written_into(run, tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with open(tmp_path / "copy", "wb") as copy, subprocess.Popen(["cat", pipe], stdout=copy) as cat:
-        try:
-            assert run("ab", "--html", pipe)[0] == 0
-            cat.wait(timeout=20)
-        finally:
-            cat.kill()
-    assert is_page((tmp_path / "copy").read_text())
+    with ThreadPoolExecutor() as executor:
+        content = executor.submit(pipe.read_text)
+        assert run("ab", "--html", pipe)[0] == 0
+    assert is_page(content.result())
     assert pipe.is_fifo()
 
 
-def test_standard_output_can_be_the_page(models_dir, tmp_path):
-    assert is_page(process(models_dir, "ab", "--html", "/dev/stdout").stdout.decode())
+def test_standard_output_can_be_the_page(tmp_path):
     file = tmp_path / "log"
     file.write_text("before\n")
     with open(file, "a") as log:
-        process(models_dir, "ab", "--html", "/dev/stdout", stdout=log)
+        process("ab", "--html", "/dev/stdout", stdout=log)
     before, page = file.read_text().split("\n", 1)
     assert before == "before"
     assert is_page(page)
@@ -441,7 +350,6 @@ def test_standard_output_can_be_the_page(models_dir, tmp_path):
     ("name", "reason"),
     [
         (".", "it is a folder"),
-        ("no/such/folder.html", "No such file or directory"),
         ("file/page.html", "Not a directory"),
         ("loop", "symbolic links"),
         ("x" * 300, "File name too long"),
@@ -537,18 +445,23 @@ def check_place(browser, place, ids, probs, model):
     assert shown(browser, "#likeliest td:last-child")[:10] == percents
 
 
-def test_pointer_and_keyboard_show_the_numbers(opened, model):
+def test_pointer_keyboard_and_address_show_the_numbers(opened, model):
     from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.support.ui import WebDriverWait
 
-    browser = opened(PLAIN)
+    browser = opened(PLAIN, fragment="#4")
     ids, probs = expected_predictions(PLAIN, model)
     tokens = browser.find_elements("css selector", ".token")
     assert len(tokens) == len(ids) + 1
-    for place in (1, 5, len(ids) - 1):
+    check_place(browser, 4, ids, probs, model)
+    for place in (1, len(ids) - 1):
         ActionChains(browser).move_to_element(tokens[place]).perform()
         check_place(browser, place, ids, probs, model)
     ActionChains(browser).move_to_element(browser.find_element("css selector", "h1")).perform()
-    browser.execute_script("select(3)")
+    for fragment, place in (("#7", 7), ("#0", 7), (f"#{len(ids) + 1}", 7), ("#x", 7), ("#3", 3)):
+        browser.execute_script("location.hash = arguments[0]", fragment)
+        browser.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0]))")
+        check_place(browser, place, ids, probs, model)
     for key, place in (
         (Keys.ARROW_RIGHT, 4),  # without a click, and without the focus in the text
         (Keys.ARROW_RIGHT, 5),
@@ -558,36 +471,12 @@ def test_pointer_and_keyboard_show_the_numbers(opened, model):
         assert press(browser, key) == tokens[place]
         if place < len(ids):
             check_place(browser, place, ids, probs, model)
-    ten = likeliest(probs[-1], 10)
-    assert shown(browser, "#likeliest .piece") == model.labels(ten)
+    assert shown(browser, "#likeliest .piece") == model.labels(likeliest(probs[-1], 10))
+    end = f"#{len(ids)}"
+    WebDriverWait(browser, 60).until(lambda _: browser.current_url.endswith(end))
     above = press(browser, Keys.ARROW_UP)
     assert above.rect["y"] < tokens[-1].rect["y"] - 10
     assert press(browser, Keys.HOME) == tokens[0]
-
-
-def test_the_address_names_the_token(opened, model):
-    from selenium.webdriver import Keys
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    ids, probs = expected_predictions(PLAIN, model)
-    browser = opened(PLAIN, fragment="#4")
-    check_place(browser, 4, ids, probs, model)
-    too_far = f"#{len(ids) + 1}"
-    for fragment, place in (("#7", 7), ("#0", 7), (too_far, 7), ("#x", 7), ("#2", 2)):
-        browser.execute_script("location.hash = arguments[0]", fragment)
-        browser.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0]))")
-        check_place(browser, place, ids, probs, model)
-    press(browser, Keys.ARROW_RIGHT)
-    WebDriverWait(browser, 20).until(lambda _: browser.current_url.endswith("#3"))
-
-
-def test_the_lens_shows_the_numbers(opened, model):
-    browser = opened(PLAIN, fragment="#6")
-    ids, _ = expected_predictions(PLAIN, model)
-    lens = look.logit_lens(ids, model.params, model.n_head)[:, 5]
-    assert shown(browser, "#lens td:nth-child(2)") == model.labels(lens.argmax(-1))
-    ranks = [str(rank(row, ids[6])) for row in lens]
-    assert shown(browser, "#lens td.number") == ranks
 
 
 PIXELS = """
@@ -596,10 +485,15 @@ return [...canvas.getContext("2d").getImageData(0, 0, size, size).data]
 """
 
 
-def test_attention_shows_the_numbers(opened, model):
+def test_lens_and_attention_show_the_numbers(opened, model):
+    from selenium.webdriver import Keys
+
     browser = opened(PLAIN, fragment="#6")
     ids, _ = expected_predictions(PLAIN, model)
     n_seq = len(ids)
+    lens = look.logit_lens(ids, model.params, model.n_head)[:, 5]
+    assert shown(browser, "#lens td:nth-child(2)") == model.labels(lens.argmax(-1))
+    assert shown(browser, "#lens td.number") == [str(rank(row, ids[6])) for row in lens]
     weights = look.attention_weights(ids, model.params, model.n_head)
     n_heads = weights.shape[0] * weights.shape[1]
     assert len(browser.find_elements("css selector", "#grid button")) == n_heads
@@ -612,21 +506,14 @@ def test_attention_shows_the_numbers(opened, model):
     colours = browser.execute_script(
         "return tokens.map((token) => Number(token.style.getPropertyValue('--weight')))"
     )
-    expected = np.sqrt([*looks[6], 0])
-    np.testing.assert_allclose(colours, expected, atol=0.51 / 15)
+    np.testing.assert_allclose(colours, np.sqrt([*looks[6], 0]), atol=0.51 / 15)
     pixels = np.reshape(browser.execute_script(PIXELS), (n_seq, n_seq, 4))
     np.testing.assert_allclose(pixels[..., 3] / 255, np.sqrt(looks), atol=0.51 / 15)
-
-
-def test_heads_can_be_chosen_with_the_keyboard(opened):
-    from selenium.webdriver import Keys
-
-    browser = opened(PLAIN)
     browser.execute_script("document.querySelector('#grid button').focus()")
     button = press(browser, Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
-    assert button.get_attribute("aria-label") == "Layer 2, head 2"
     press(browser, Keys.ENTER)
     assert shown(browser, "#head h3") == ["Layer 2, head 2"]
+    assert button.get_attribute("aria-label") == "Layer 2, head 2"
     assert button.get_attribute("aria-pressed") == "true"
     press(browser, Keys.ESCAPE)
     assert shown(browser, "#head h3") == []
@@ -643,7 +530,7 @@ def test_nothing_in_a_hostile_text_is_executed(opened, model):
     assert "</script><img src=x onerror=\"document.title='executed'\">" in text
     assert r"\x00 \x1b[31m \u202e \u2028 \r" in text
     assert len(browser.find_elements("css selector", ".token")) == len(ids) + 1
-    for place in range(1, len(ids), 17):
+    for place in range(1, len(ids), 60):
         browser.execute_script("tokens[arguments[0]].focus()", place)
         check_place(browser, place, ids, probs, model)
 
@@ -656,13 +543,13 @@ def test_tokens_of_one_character_are_apart_in_the_numbers(opened, model):
     assert shown(browser, ".glyphs") == ["😀"]
     parts = browser.find_elements("css selector", ".group .token")
     assert len(parts) == 4
-    for i, part in enumerate(parts, 3):
-        ActionChains(browser).move_to_element(part).perform()
-        check_place(browser, i, ids, probs, model)
+    for i in (0, 3):
+        ActionChains(browser).move_to_element(parts[i]).perform()
+        check_place(browser, 3 + i, ids, probs, model)
     assert shown(browser, "#chosen .piece") == [r"\x80"]
 
 
-def test_long_texts_leave_attention_out(opened):
+def test_long_texts_leave_attention_out_and_the_smallest_model_has_no_figures(opened, model):
     from selenium.webdriver import Keys
 
     browser = opened("x" * 256)
@@ -671,19 +558,11 @@ def test_long_texts_leave_attention_out(opened):
     assert not browser.find_elements("css selector", "#grid button")
     assert "more than 256 tokens" in shown(browser, "#heads")[0]
     browser.find_element("css selector", "body").send_keys(Keys.ESCAPE)
-
-
-def test_the_page_of_the_smallest_model(opened, model):
     browser = opened("xyz", model=model.with_params(wpe=model.params["wpe"][:1]))
     assert shown(browser, "#perplexity") == ["–"]
     assert len(shown(browser, "#likeliest .piece")) == 10
 
 
-SCREENS = [
-    {"width": width, "height": height, "scheme": scheme}
-    for width, height in ((1200, 1000), (390, 844))
-    for scheme in ("light", "dark")
-]
 # Whether page and text can be scrolled sideways, and what reaches into the right margin.
 OUTSIDE = """
 const { clientWidth } = document.documentElement, pane = document.getElementById("pane");
@@ -693,15 +572,14 @@ return [document.documentElement.scrollWidth > clientWidth, pane.scrollWidth > p
 """
 
 
-@pytest.mark.parametrize("screen", SCREENS[::2], ids=["wide", "phone"])
-@pytest.mark.parametrize("text", [PLAIN, HOSTILE, "the king " * 120, "x" * 250])
-def test_everything_fits_into_the_width(opened, text, screen):
-    browser = opened(text, **screen)
+@pytest.mark.parametrize(("width", "height", "most"), [(1200, 1000, 1), (390, 844, 0.3)])
+@pytest.mark.parametrize("text", [HOSTILE, "the king " * 120])
+def test_everything_fits_into_the_width(opened, text, width, height, most):
+    browser = opened(text, width=width, height=height)
     for _ in ("the surprise", "the attention"):
         assert browser.execute_script(OUTSIDE) == [False, False, []]
         browser.execute_script("document.querySelector('#grid button')?.click()")
-    pane = browser.find_element("id", "pane").rect
-    assert pane["height"] <= (1000 if screen["width"] == 1200 else 0.3 * 844)
+    assert browser.find_element("id", "pane").rect["height"] <= most * height
 
 
 # The contrast of each text with what is behind it, as WCAG 2 defines it. A canvas converts colours.
@@ -735,10 +613,10 @@ return [
 """
 
 
-@pytest.mark.parametrize("screen", SCREENS[:2], ids=["light", "dark"])
-def test_contrasts_are_those_of_wcag_aa(opened, model, screen):
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrasts_are_those_of_wcag_aa(opened, model, scheme):
     sharper = model.with_params(ln_f=map_arrays(lambda array: 8 * array, model.params["ln_f"]))
-    browser = opened(HOSTILE[:160] + "😀", model=sharper, **screen)
+    browser = opened(HOSTILE[:160] + "😀", model=sharper, scheme=scheme)
     for _ in ("the surprise", "the attention"):
         texts, bars = browser.execute_script(CONTRASTS)
         assert len(texts) > 100
@@ -752,36 +630,32 @@ def test_contrasts_are_those_of_wcag_aa(opened, model, screen):
 # The size of the page, and where it opens
 
 
-def test_the_page_of_a_large_model_is_below_3_mb(tiny):
+def test_the_page_of_a_large_model_is_below_3_mb(tiny_model):
     hparams = {"n_vocab": 1024, "n_ctx": 257, "n_embd": 48, "n_head": 12, "n_layer": 12}
-    model = Model(tiny.encoder, random_params(hparams), 12)
+    model = Model(tiny_model.encoder, random_params(hparams), 12)
     text = held_out_text()[:500]
     assert 200 < len(model.encoder.encode(text)) <= 256
     assert 1_000_000 < len(model.page(text)) < 3_000_000
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "ROMEO:\nI come to thee, my love.\n\nJULIET:\nO gentle night!",
-        "To be, or not to be, that is the question",
-        held_out_text()[:300],
-        "JULIET:",
-        "a",
-        "漢字 😀",
-    ],
-)
-def test_the_page_opens_on_the_word_that_the_layers_raised_most(text, tiny):
-    encoder, params, n_head = tiny
-    reading = look.read(text, *tiny)
+OPENINGS = [
+    "ROMEO:\nI come to thee, my love.\n\nJULIET:\nO gentle night!",
+    "To be, or not to be, that is the question",
+    *("JULIET:", "a", "漢字 😀"),
+]
+
+
+@pytest.mark.parametrize("text", OPENINGS)
+def test_the_page_opens_on_the_word_that_the_layers_raised_most(text, tiny_model):
+    encoder, params, n_head = tiny_model
+    reading = look.read(text, *tiny_model)
     ids = reading["ids"]
     lens = look.logit_lens(ids, params, n_head).astype(np.float64)
     rises = {}
     for place in range(1, len(ids)):
         early, *_, late = lens[1:, place - 1]
-        target = ids[place]
-        fall = np.log(rank(early, target) / rank(late, target))
-        rises[place] = float64_softmax(late)[target] * fall
+        fall = np.log(rank(early, ids[place]) / rank(late, ids[place]))
+        rises[place] = float64_softmax(late)[ids[place]] * fall
     words = [i for i in rises if re.match(" [A-Za-z][A-Za-z]", encoder.decode([ids[i]]))]
     words = words or [*rises][1:] or [1]
     columns = look.lens_columns(ids, params, n_head)
