@@ -616,9 +616,15 @@ def dask_workers(n_workers: int | None, scheduler: str | None, n_threads: int) -
         if not count_slots():
             complain("score.py", "the scheduler has no workers yet; waiting for them")
         submit = functools.partial(client.get_executor(pure=False).submit, score_remotely, PROJECT)
+        lost = (
+            CancelledError,
+            distributed.TimeoutError,
+            distributed.client.ClosedClientError,
+            distributed.comm.CommClosedError,
+        )
         try:
             yield Pool(submit, count_slots)
-        except (CancelledError, distributed.comm.CommClosedError):
+        except lost:
             raise ConnectionError("no connection to the Dask scheduler") from None
         except (RuntimeError, distributed.KilledWorker) as error:
             raise ConnectionError(f"Dask failed: {error}") from None
@@ -640,9 +646,11 @@ def local_cluster(n_workers: int, n_threads: int) -> Any:
 
 def count_worker_threads(client: Any) -> int:
     """Return the number of threads of all workers."""
+    from distributed import TimeoutError  # in Python 3.10, this is not an OSError
+
     try:
         return sum(client.nthreads().values())
-    except OSError as error:  # its call timed out
+    except (OSError, TimeoutError) as error:
         raise ConnectionError(f"no connection to the Dask scheduler: {error}") from None
 
 
@@ -713,8 +721,8 @@ def output_line(text: Text, job: Job, encoder: Encoder) -> bytes:
 
 def figures(text: Text, job: Job, encoder: Encoder) -> dict[str, Any]:
     n_tokens = len(text.ids)
-    none = Scores(np.empty(0, np.float32), np.empty(0, bool))
-    all_scores = [row.scores or none for row in text.rows] or [none]
+    empty = Scores(np.empty(0, np.float32), np.empty(0, bool))
+    all_scores = [row.scores or empty for row in text.rows] or [empty]
     nats = np.concatenate([scores.nats for scores in all_scores])
     total = rounded(nats[:n_tokens].sum(dtype=np.float64))
     result = {"n_tokens": n_tokens, "nats": total, "perplexity": None, "bits_per_byte": None}

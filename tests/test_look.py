@@ -159,6 +159,7 @@ def test_visible():
     assert look.visible("\u202e\u2028\udcf0\u00a0é") == "\\u202e\\u2028\\xf0\u00a0é"
     assert look.visible("👨‍👩‍👧\u0301") == "👨‍👩‍👧\u0301"
     assert look.visible("\u0301") == "◌\u0301"
+    assert look.visible("\udca4\ufe0f") == "\\xa4◌\ufe0f"
 
 
 def test_padded():
