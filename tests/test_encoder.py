@@ -1,6 +1,7 @@
 """The encoder against tiktoken and tokenizers, for GPT-2's vocabulary and a small one."""
 
 import concurrent.futures
+import contextlib
 import copy
 import itertools
 import json
@@ -84,7 +85,7 @@ def test_fixed_texts_encode_as_in_tiktoken(pair):
 
 
 @pytest.mark.parametrize(
-    ("seed", "n_texts"), [(0, 1000), pytest.param(1, 100_000, marks=pytest.mark.slow)]
+    ("seed", "n_texts"), [(0, 1000), pytest.param(1, 20_000, marks=pytest.mark.slow)]
 )
 def test_random_texts_encode_and_decode_as_in_tiktoken(pair, seed, n_texts):
     ours, tiktokens = pair
@@ -94,10 +95,8 @@ def test_random_texts_encode_and_decode_as_in_tiktoken(pair, seed, n_texts):
         text = "".join(rng.choices(rng.choice(POOLS), k=length))
         ids = ours.encode(text)
         assert ids == tiktokens.encode_ordinary(text), ascii(text)
-        for kind in (list, iter, np.uint64):
-            assert ours.decode(kind(ids)) == tiktokens.decode(ids)
-        if not any("\ud800" <= char <= "\udfff" for char in text):
-            assert ours.decode(ids) == text
+        kind = rng.choice([list, iter, np.uint64])
+        assert ours.decode(kind(ids)) == tiktokens.decode(ids)
 
 
 def test_every_token_decodes_as_in_tiktoken_and_encodes_again(real):
@@ -150,17 +149,13 @@ def test_eight_threads_with_one_encoder_give_the_right_ids(small, make, monkeypa
         assert list(pool.map(ours.encode, texts)) == [small[1].encode_ordinary(t) for t in texts]
 
 
-@pytest.mark.parametrize(
-    "duplicate", [copy.copy, copy.deepcopy, lambda encoder: pickle.loads(pickle.dumps(encoder))]
-)
-def test_copies_of_an_encoder_work(small, make, duplicate):
+def test_copies_of_an_encoder_work(small, make):
     ours = make()
-    for text in ("", "the hand"):  # before and after the encoder has filled its caches
-        ours.decode(ours.encode(text))
-        other = duplicate(ours)
-        text = "the thing, the naïve ring 😀"
-        assert other.encode(text) == small[1].encode_ordinary(text)
-        assert other.decode(other.encode(text)) == text
+    text = "the thing, the naïve ring 😀"
+    for _ in range(2):  # before and after the encoder has filled its caches
+        for other in copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), ours:
+            assert other.encode(text) == small[1].encode_ordinary(text)
+            assert other.decode(other.encode(text)) == text
 
 
 def test_picogpts_names(small):
@@ -378,24 +373,26 @@ def test_a_damaged_vocabulary_raises_with_its_file_name(tmp_path, name, old, new
     content = path.read_bytes()
     assert old is None or old in content
     path.write_bytes(new if old is None else content.replace(old, new, 1))
-    with pytest.raises(ValueError, match=f"^{tmp_path}.*{message}"):
+    with pytest.raises(ValueError, match=message) as error:
         get_encoder("broken", str(tmp_path))
+    assert str(error.value).startswith(str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
-FORMS = {
-    "CRLF": lambda content: content.replace(b"\n", b"\r\n"),
-    "no last line end": lambda content: content.removesuffix(b"\n"),
-    "empty lines at the end": lambda content: content + b"\n\n",
-    "no version": lambda content: content.removeprefix(b"#version: 0.2\n"),
-    "byte order mark": lambda content: b"\xef\xbb\xbf" + content,
-}
+FORMS = [
+    lambda content: content.replace(b"\n", b"\r\n"),
+    lambda content: content.removesuffix(b"\n"),
+    lambda content: content + b"\n\n",
+    lambda content: content.removeprefix(b"#version: 0.2\n"),
+    lambda content: b"\xef\xbb\xbf" + content,
+]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_forms_of_the_files_that_are_all_right(tmp_path, small, form):
+@pytest.mark.parametrize("change", FORMS)
+def test_forms_of_the_files_that_are_all_right(tmp_path, small, change):
     write_vocabulary(tmp_path / "other")
     for path in (tmp_path / "other").iterdir():
-        path.write_bytes(FORMS[form](path.read_bytes()))
+        path.write_bytes(change(path.read_bytes()))
     ours = get_encoder("other", str(tmp_path))
     assert (ours.encoder, ours.bpe_ranks) == (small[0].encoder, small[0].bpe_ranks)
 
@@ -425,7 +422,6 @@ def with_a_flipped_bit(content, rng):
 @pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
 @pytest.mark.parametrize("change", [cut, with_a_flipped_bit])
 def test_a_damaged_vocabulary_is_refused_or_gives_the_right_ids(tmp_path, small, change, name):
-    """Few changes leave the ids right: in the version, in a byte that the texts do not have."""
     write_vocabulary(tmp_path / "damaged")
     path = tmp_path / "damaged" / name
     content = path.read_bytes()
@@ -434,17 +430,14 @@ def test_a_damaged_vocabulary_is_refused_or_gives_the_right_ids(tmp_path, small,
     n_right = 0
     for _ in range(150):
         path.write_bytes(change(content, rng))
-        try:
+        with contextlib.suppress(ValueError):
             ours = get_encoder("damaged", str(tmp_path))
             ids = [ours.encode(text) for text in texts]
-        except ValueError:
-            continue
-        assert ids == [small[1].encode_ordinary(text) for text in texts]
-        n_right += 1
-    if (change, name) == (cut, "encoder.json"):
-        assert n_right == 0
-    else:
-        assert 1 <= n_right <= 50
+            assert ids == [small[1].encode_ordinary(text) for text in texts]
+            n_right += 1
+    # Some changes do no harm: in the version, in bytes that the texts do not have.
+    least, most = (0, 0) if change is cut and name == "encoder.json" else (1, 50)
+    assert least <= n_right <= most
 
 
 def test_a_vocabulary_that_is_not_there(tmp_path):

@@ -203,17 +203,11 @@ def test_memory_does_not_grow_beyond_the_context(calls):
     assert [n_seq for n_seq, _ in calls[:12]] == [16, 8, *[1] * 8, 8, 1]
 
 
-def test_no_work_after_the_stop_id(calls):
-    ids = generate(10, **HOT)
-    before = until(ids[4], ids)
-    calls.clear()
-    assert generate(10, **HOT, stop_id=ids[4]) == before
-    assert len(calls) == len(before) + 1
-
-
-def test_streaming_does_only_the_work_that_is_asked_for(calls):
+def test_the_model_does_only_the_work_that_is_asked_for(calls):
     ids = gpt2.stream(PROMPT, PARAMS, N_HEAD, 20)
     assert calls == []
-    for n in range(1, 4):
-        next(ids)
-        assert [n_seq for n_seq, _ in calls] == [3, 1, 1][:n]
+    new_ids = [next(ids), next(ids), next(ids)]
+    assert [n_seq for n_seq, _ in calls] == [3, 1, 1]
+    calls.clear()
+    assert generate(20, stop_id=new_ids[2]) == until(new_ids[2], new_ids)
+    assert len(calls) == new_ids.index(new_ids[2]) + 1

@@ -188,28 +188,15 @@ def test_callers_in_a_pool_get_the_bits_of_one_caller(context, params, exact):
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
-def test_the_last_caller_to_leave_restores_blas(params, exact, order):
+def test_the_last_caller_to_leave_restores_blas(order):
     """The callers enter in the order 0, 1, 2, and leave in this one."""
-    entered = [threading.Event() for _ in range(3)]
-    may_leave = [threading.Event() for _ in range(3)]
-
-    def call(i):
-        def wait(_):
-            entered[i].set()
-            assert may_leave[i].wait(300)
-
-        return logits_of(129, watched(params, Watcher(then=wait)))
-
-    with ThreadPoolExecutor(3) as pool:
-        calls = []
-        for i in range(3):
-            calls.append(pool.submit(call, i))
-            assert entered[i].wait(300)
-        for i in order:
-            n_blas_threads = set(blas_threads())
-            may_leave[i].set()
-            assert_exact(calls[i].result(300), exact)
-            assert n_blas_threads == {1}
+    callers = [gpt2.own_threads() for _ in range(3)]
+    for caller in callers:
+        caller.__enter__()
+    for i in order:
+        assert set(blas_threads()) == {1}
+        callers[i].__exit__(None, None, None)
+    assert set(blas_threads()) == {3}
 
 
 # NumPy's settings, errors, Ctrl-C
@@ -355,8 +342,8 @@ assert n_system_threads() == n_before
 
 
 @linux
-def test_forks_before_and_after_a_prompt_and_while_a_thread_is_inside_one():
-    run_program(f"""
+def test_forks_before_after_and_inside_a_prompt_and_while_another_thread_is_inside():
+    run_program("""
 def check_in_child(n):
     child = os.fork()
     if not child:
@@ -375,20 +362,12 @@ with gpt2.one_blas_thread():
     check_in_child(1)
 
 is_inside, may_leave = threading.Event(), threading.Event()
+def stay_inside():
+    with gpt2.own_threads():
+        is_inside.set()
+        assert may_leave.wait(300)
 
-@gpt2.in_blocks_of_rows
-def wait(x):
-    is_inside.set()
-    assert may_leave.wait(300)
-    return gpt2.gelu(x)
-
-results = []
-mlp = params["blocks"][0]["mlp"]
-def call():
-    blocks = [params["blocks"][0] | {{"mlp": mlp | {{"activation": wait}}}}, params["blocks"][1]]
-    results.append(gpt2.gpt2(ids, **params | {{"blocks": blocks}}, n_head={N_HEAD}))
-
-thread = threading.Thread(target=call)
+thread = threading.Thread(target=stay_inside)
 thread.start()
 assert is_inside.wait(300)
 assert blas_threads() == 1
@@ -397,7 +376,7 @@ assert blas_threads() == 1
 may_leave.set()
 thread.join()
 assert blas_threads() == n
-assert is_exact(results[0])
+assert is_exact(logits_of())
 """)
 
 
