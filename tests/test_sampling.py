@@ -204,10 +204,11 @@ def test_memory_does_not_grow_beyond_the_context(calls):
 
 
 def test_the_model_does_only_the_work_that_is_asked_for(calls):
-    ids = gpt2.stream(PROMPT, PARAMS, N_HEAD, 20)
+    ids = gpt2.stream(PROMPT, PARAMS, N_HEAD, 20, **HOT)
     assert calls == []
-    new_ids = [next(ids), next(ids), next(ids)]
-    assert [n_seq for n_seq, _ in calls] == [3, 1, 1]
+    new_ids = [next(ids) for _ in range(5)]
+    assert [n_seq for n_seq, _ in calls] == [3, 1, 1, 1, 1]
+    before = until(new_ids[4], new_ids)
     calls.clear()
-    assert generate(20, stop_id=new_ids[2]) == until(new_ids[2], new_ids)
-    assert len(calls) == new_ids.index(new_ids[2]) + 1
+    assert generate(20, **HOT, stop_id=new_ids[4]) == before
+    assert len(calls) == len(before) + 1
