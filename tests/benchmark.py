@@ -54,15 +54,10 @@ SIZES = {
     "1558M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1600, "n_head": 25, "n_layer": 48},
 }
 QUICK = {"n_vocab": 269, "n_ctx": 128, "n_embd": 64, "n_head": 4, "n_layer": 2}
-PACKAGES = {
-    "llama.cpp": "llama-cpp-python gguf",
-    "transformers": "torch transformers",
-    "tiktoken": "tiktoken",
-}
-MODULES = {
-    "llama.cpp": ("llama_cpp", "gguf"),
-    "transformers": ("torch", "transformers"),
-    "tiktoken": ("tiktoken",),
+PACKAGES = {  # what to install, and the modules that come with it
+    "llama.cpp": ("llama-cpp-python gguf", ["llama_cpp", "gguf"]),
+    "transformers": ("torch transformers", ["torch", "transformers"]),
+    "tiktoken": ("tiktoken", ["tiktoken"]),
 }
 COLORS = {
     "npGPT": "#2a7f4f",
@@ -80,7 +75,8 @@ COMMAND_VARIABLES = {"OPENBLAS_THREAD_TIMEOUT": "8"}
 
 
 def is_installed(program):
-    return all(importlib.util.find_spec(module) for module in MODULES[program])
+    _, modules = PACKAGES[program]
+    return all(importlib.util.find_spec(module) for module in modules)
 
 
 def timed(function, *arguments):
@@ -876,29 +872,16 @@ def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model_dir",
-        type=Path,
-        help="a folder with a 124M checkpoint (default: a random one is made)",
-    )
-    parser.add_argument(
-        "--sizes", default="", help="also measure npGPT with random models of these sizes"
-    )
-    parser.add_argument(
-        "--picogpt", type=Path, help="a checkout of picoGPT, to measure it, too (takes minutes)"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="how often each program is measured (default 5)"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=2, help="threads of each program (default 2)"
-    )
-    parser.add_argument("--quick", action="store_true", help="a tiny model and one round")
-    parser.add_argument(
-        "--json", type=Path, help="store the figures, the versions and the machine here"
-    )
-    parser.add_argument("--plot", type=Path, help="draw the chart here (needs matplotlib)")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--model_dir", type=Path, help="a 124M checkpoint (default: a random one is made)")
+    add("--sizes", default="", help="also measure npGPT with random models of these sizes")
+    add("--picogpt", type=Path, help="a checkout of picoGPT, to measure it, too (takes minutes)")
+    add("--rounds", type=int, default=5, help="how often each program is measured (default 5)")
+    add("--threads", type=int, default=2, help="threads of each program (default 2)")
+    add("--quick", action="store_true", help="a tiny model and one round")
+    add("--json", type=Path, help="store the figures, the versions and the machine here")
+    add("--plot", type=Path, help="draw the chart here (needs matplotlib)")
+    add("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.sizes = list(filter(None, args.sizes.split(",")))
     if args.picogpt and not (args.picogpt / "gpt2.py").is_file():
@@ -908,7 +891,7 @@ def parse_arguments():
 
 
 def installed_programs(args):
-    for program, packages in PACKAGES.items():
+    for program, (packages, _) in PACKAGES.items():
         if not is_installed(program):
             print(f"{program} is not installed (pip install {packages})", file=sys.stderr)
     programs = ["npGPT", "llama.cpp", "transformers"]

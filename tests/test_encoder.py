@@ -1,20 +1,19 @@
 """The encoder against tiktoken and tokenizers, for GPT-2's vocabulary and a small one."""
 
 import concurrent.futures
+import contextlib
 import copy
+import itertools
 import json
 import pickle
 import random
 import sys
-import time
 import unicodedata
 
 import numpy as np
 import pytest
 import tokenizers
 from helpers import BYTE_TO_CHAR, tiktoken_encoding, write_vocabulary
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from encoder import BYTE_CHARS, Encoder, TextDecoder, bytes_to_unicode, get_encoder
 
@@ -37,7 +36,6 @@ POOLS = [
     "abcdefghij ABC 0123 .,!?",
     PARTS * 10 + SPACES,
 ]
-SETTINGS = {"derandomize": True, "deadline": None}
 
 
 @pytest.fixture(scope="module")
@@ -69,30 +67,25 @@ def make(small):
 # The same ids and texts as tiktoken
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", " ", "   ", "\n\n \n", "Hello world", "tab\tand \t mixed  \r\n line ends\r"),
-        " the thethe then and  sand\n\n  ring ",
-        "I'm, you're, they'll; DON'T 'sup ''' 'tis",
-        "3.14159 x10^6 １２３ ½ ²",
-        "naïve rôle Straße e\u0301 ﬁ",
-        "😀👨\u200d👩\u200d👧 🏳\ufe0f\u200d🌈",
-        "中文字符，日本語のテキスト 한국어 مرحبا \u202e שלום",
-        "\x00\x01\x7f\x80\x9f\xad\xff\ufeff\ufffe\uffff\U0010ffff",
-        "a\u2028b\u2029c\x85d\x1ce\x1ff",
-        "\ud800 lone, \ud83d\ude00 paired, \ude00\ud83d crossed",
-        "before<|endoftext|>after",
-    ],
-    ids=ascii,
-)
-def test_fixed_texts_encode_as_in_tiktoken(pair, text):
+TEXTS = [
+    *("", " ", "\n\n \n", " the thethe then and  sand\n\n  ring ", "before<|endoftext|>after"),
+    "I'm, you're, they'll; DON'T 'sup ''' 'tis 3.14159 x10^6 １２３ ½ ²",
+    "tab\tand \t mixed  \r\n line ends\r a\u2028b\u2029c\x85d\x1ce\x1ff",
+    "naïve rôle Straße e\u0301 ﬁ 😀👨\u200d👩\u200d👧 🏳\ufe0f\u200d🌈",
+    "中文字符，日本語のテキスト 한국어 مرحبا \u202e שלום",
+    "\x00\x01\x7f\x80\x9f\xad\xff\ufeff\ufffe\uffff\U0010ffff",
+    "\ud800 lone, \ud83d\ude00 paired, \ude00\ud83d crossed",
+]
+
+
+def test_fixed_texts_encode_as_in_tiktoken(pair):
     ours, tiktokens = pair
-    assert ours.encode(text) == tiktokens.encode_ordinary(text)
+    for text in TEXTS:
+        assert ours.encode(text) == tiktokens.encode_ordinary(text), ascii(text)
 
 
 @pytest.mark.parametrize(
-    ("seed", "n_texts"), [(0, 3000), pytest.param(1, 100_000, marks=pytest.mark.slow)]
+    ("seed", "n_texts"), [(0, 1000), pytest.param(1, 20_000, marks=pytest.mark.slow)]
 )
 def test_random_texts_encode_and_decode_as_in_tiktoken(pair, seed, n_texts):
     ours, tiktokens = pair
@@ -102,14 +95,8 @@ def test_random_texts_encode_and_decode_as_in_tiktoken(pair, seed, n_texts):
         text = "".join(rng.choices(rng.choice(POOLS), k=length))
         ids = ours.encode(text)
         assert ids == tiktokens.encode_ordinary(text), ascii(text)
-        assert ours.decode(ids) == tiktokens.decode(ids)
-        if not any("\ud800" <= char <= "\udfff" for char in text):
-            assert ours.decode(ids) == text
-
-
-def test_ids_of_a_known_prompt(real):
-    ids = [36235, 39141, 18765, 1143, 326, 9061, 561, 530, 1110, 1716]
-    assert real[0].encode("Alan Turing theorized that computers would one day become") == ids
+        kind = rng.choice([list, iter, np.uint64])
+        assert ours.decode(kind(ids)) == tiktokens.decode(ids)
 
 
 def test_every_token_decodes_as_in_tiktoken_and_encodes_again(real):
@@ -122,33 +109,32 @@ def test_every_token_decodes_as_in_tiktoken_and_encodes_again(real):
     assert ours.decode([50256]) == "<|endoftext|>"
 
 
-@settings(max_examples=200, **SETTINGS)
-@given(ids=st.lists(st.integers(0, 268), max_size=50))
-def test_random_ids_decode_as_in_tiktoken(small, ids):
-    assert small[0].decode(ids) == small[1].decode(ids)
-    for kind in (iter, tuple, np.uint64, np.int16):
-        assert small[0].decode(kind(ids)) == small[1].decode(ids)
-
-
 def test_long_unbroken_words_take_near_linear_time(real):
-    ours, tiktokens = real
-    text = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=100_000))
+    word = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=10_000))
 
-    def seconds(n):
-        start = time.thread_time()
-        ids = ours.encode(text[:n])
-        assert ids == tiktokens.encode_ordinary(text[:n])
-        return time.thread_time() - start
+    def n_steps(n):
+        """How many lines of Python run for n letters. Unlike time, this is always the same."""
+        steps = itertools.count()
 
-    short = min(seconds(1000) for _ in range(5))
-    assert seconds(100_000) < 1000 * short  # quadratic time would be 10,000 times as long
-    assert ours.encode("a" * 100_000) == tiktokens.encode_ordinary("a" * 100_000)
+        def count(*_):
+            next(steps)
+            return count
+
+        before = sys.gettrace()
+        sys.settrace(count)
+        real[0].encode(word[:n])
+        sys.settrace(before)
+        return next(steps)
+
+    assert n_steps(10_000) < 15 * n_steps(1000)
+    for text in (word, "a" * 10_000):
+        assert real[0].encode(text) == real[1].encode_ordinary(text)
 
 
 def test_the_cache_is_bounded(small, make, monkeypatch):
     monkeypatch.setattr("encoder.MAX_CACHED_WORDS", 50)
     ours = make()
-    for i in range(1000):
+    for i in range(200):
         assert ours.encode(f" the{i} word") == small[1].encode_ordinary(f" the{i} word")
         assert len(ours.cache) <= 50
     ours.encode("a" * 10_000)
@@ -158,22 +144,18 @@ def test_the_cache_is_bounded(small, make, monkeypatch):
 def test_eight_threads_with_one_encoder_give_the_right_ids(small, make, monkeypatch):
     monkeypatch.setattr("encoder.MAX_CACHED_WORDS", 3)  # threads empty the cache that others use
     ours = make()
-    texts = [f"the hand {i} rings in another land, {'and then ' * i}" for i in range(8)] * 20
+    texts = [f"the hand {i} rings in another land, {'and then ' * i}" for i in range(8)] * 5
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert list(pool.map(ours.encode, texts)) == [small[1].encode_ordinary(t) for t in texts]
 
 
-@pytest.mark.parametrize(
-    "duplicate", [copy.copy, copy.deepcopy, lambda encoder: pickle.loads(pickle.dumps(encoder))]
-)
-def test_copies_of_an_encoder_work(small, make, duplicate):
+def test_copies_of_an_encoder_work(small, make):
     ours = make()
-    for text in ("", "the hand"):  # before and after the encoder has filled its caches
-        ours.decode(ours.encode(text))
-        other = duplicate(ours)
-        text = "the thing, the naïve ring 😀"
-        assert other.encode(text) == small[1].encode_ordinary(text)
-        assert other.decode(other.encode(text)) == text
+    text = "the thing, the naïve ring 😀"
+    for _ in range(2):  # before and after the encoder has filled its caches
+        for other in copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), ours:
+            assert other.encode(text) == small[1].encode_ordinary(text)
+            assert other.decode(other.encode(text)) == text
 
 
 def test_picogpts_names(small):
@@ -201,20 +183,6 @@ def test_decoding_an_unknown_id_raises(small, token_id):
         small[0].decode([72, token_id])
 
 
-ERRORS = ["replace", "ignore", "backslashreplace", "strict"]
-
-
-@pytest.mark.parametrize("errors", ERRORS)
-def test_decode_treats_invalid_bytes_as_bytes_decode_does(make, errors):
-    ours = make(errors)
-    ids = [ours.encoder["Ã"]]  # the first byte of a character of two
-    if errors == "strict":
-        with pytest.raises(UnicodeDecodeError):
-            ours.decode(ids)
-    else:
-        assert ours.decode(ids) == b"\xc3".decode("utf-8", errors)
-
-
 # Special and added tokens, and what else a folder says, against tiktoken and tokenizers
 
 
@@ -228,21 +196,20 @@ def tokenizer_of(ours, added=(), special=(), add_prefix_space=False, **options):
     return tokenizer
 
 
-SHORT_TEXTS = st.text("ab< é\n", max_size=12)
-SOME_NAMES = st.lists(st.text("ab< é", min_size=1, max_size=4), max_size=5, unique=True)
-
-
 @pytest.mark.parametrize("kind", ["added", "special"])
-@settings(max_examples=300, **SETTINGS)
-@given(names=SOME_NAMES, text=SHORT_TEXTS, add_prefix_space=st.booleans())
-def test_names_in_a_text_encode_as_in_tokenizers(make, small, kind, names, text, add_prefix_space):
-    tokenizer = tokenizer_of(small[0], **{kind: names}, add_prefix_space=add_prefix_space)
-    tokens = {name: tokenizer.token_to_id(name) for name in names}
-    ours = make(**{f"{kind}_tokens": tokens}, add_prefix_space=add_prefix_space)
-    allowed = names if kind == "special" else ()
-    assert ours.encode(text, allowed) == tokenizer.encode(text).ids
-    for name, token_id in tokens.items():
-        assert ours.decode([token_id, 72]) == name + small[1].decode([72])
+def test_names_in_a_text_encode_as_in_tokenizers(make, small, kind):
+    rng = random.Random(0)
+    for _ in range(200):
+        names = ["".join(rng.choices("ab< é", k=rng.randrange(1, 5))) for _ in range(4)]
+        names = list(dict.fromkeys(names[: rng.randrange(5)]))
+        text = "".join(rng.choices("ab< é\n", k=rng.randrange(13)))
+        options = {"add_prefix_space": rng.random() < 0.5}
+        tokenizer = tokenizer_of(small[0], **{kind: names}, **options)
+        tokens = {name: tokenizer.token_to_id(name) for name in names}
+        ours = make(**{f"{kind}_tokens": tokens}, **options)
+        assert ours.encode(text, names if kind == "special" else ()) == tokenizer.encode(text).ids
+        for name, token_id in tokens.items():
+            assert ours.decode([token_id, 72]) == name + small[1].decode([72])
 
 
 def test_special_tokens_are_made_only_where_they_are_allowed(pair):
@@ -268,20 +235,17 @@ def test_names_that_are_not_special_tokens_raise(small, allowed):
         small[0].encode("the", allowed)
 
 
-def test_first_ids_come_before_every_text(make, small):
+def test_ids_before_and_at_the_start_and_the_end_of_a_text(make, small):
     ours = make(first_ids=[268])
     assert ours.encode("") == [268]
     assert ours.encode("the<|endoftext|>", "all") == [268, *small[0].encode("the"), 268]
-
-
-def test_ids_that_start_and_end_a_text(make, small):
-    assert (small[0].start_id, small[0].end_ids) == (268, frozenset({268}))
+    assert (ours.start_id, ours.end_ids) == (268, frozenset({268}))
     ours = make(start_id=3, end_ids=[4, 5])
     assert (ours.start_id, ours.end_ids) == (3, frozenset({4, 5}))
     assert make(end_ids=[]).end_ids == frozenset()
+    assert make(special_tokens={"<|endoftext|>": 300}).end_ids == frozenset({300})
     ours = Encoder({"a": 0}, [])
     assert (ours.special_tokens, ours.start_id, ours.end_ids) == ({}, None, frozenset())
-    assert make(special_tokens={"<|endoftext|>": 300}).end_ids == frozenset({300})
 
 
 def test_characters_that_the_vocabulary_cannot_write(small):
@@ -325,53 +289,37 @@ def streamed(encoder, ids, sizes, stop=None):
     return [*pieces, decoder.decode(ids[start:], final=True)], decoder
 
 
-def ids_of(parts):
-    """Ids of the small vocabulary, in which a character can be incomplete."""
-    return [i for part in parts for i in part]
+# Ids of UTF-8 of one to four bytes, of tokens of several letters, and any single ids
+PARTS_OF_TEXT = [[127, 102], [161, 116, 255], [64], [258], [266], [65, 64]]
+PARTS_OF_TEXT += [[i] for i in range(269)]
 
 
-SIZES_OF_PIECES = st.lists(st.integers(0, 4), max_size=20)
-# UTF-8 of one to four bytes, tokens of several letters, and any single ids
-SOME_IDS = st.lists(
-    st.one_of(
-        st.sampled_from([[127, 102], [161, 116, 255], [64], [258], [266], [65, 64]]),
-        st.lists(st.integers(0, 268), min_size=1, max_size=1),
-    ),
-    max_size=15,
-).map(ids_of)
-
-
-@pytest.mark.parametrize("errors", ERRORS)
-@settings(max_examples=100, **SETTINGS)
-@given(ids=SOME_IDS, sizes=SIZES_OF_PIECES)
-def test_text_decoded_in_pieces_is_the_text_of_all_ids(make, errors, ids, sizes):
-    encoder = make(errors)
-    try:
-        text = encoder.decode(ids)
-    except UnicodeDecodeError:
-        with pytest.raises(UnicodeDecodeError):
-            streamed(encoder, ids, sizes)
-    else:
-        pieces, decoder = streamed(encoder, ids, sizes)
-        assert "".join(pieces) == text
-        assert not decoder.stopped
-
-
-@settings(max_examples=500, **SETTINGS)
-@given(ids=SOME_IDS, sizes=SIZES_OF_PIECES, data=st.data())
-def test_text_ends_before_the_first_stop(small, ids, sizes, data):
+@pytest.mark.parametrize("errors", ["replace", "ignore", "backslashreplace", "strict"])
+def test_pieces_are_the_text_before_the_first_stop(make, small, errors):
     """Stops are pieces of the text; with a letter more, they usually only begin in it."""
-    text = small[0].decode(ids)
-    stops = []
-    for _ in range(data.draw(st.integers(0, 3))):
-        start = data.draw(st.integers(0, len(text)))
-        part = text[start : start + data.draw(st.integers(1, 5))]
-        stops.append(part + data.draw(st.sampled_from(["", "", "a", "\ufffd"])) or "the")
-    stop = stops[0] if len(stops) == 1 else stops
-    pieces, decoder = streamed(small[0], ids, sizes, stop)
-    found = [text.find(stop) for stop in stops if stop in text]
-    assert "".join(pieces) == text[: min(found, default=len(text))]
-    assert decoder.stopped == bool(found)
+    ours = make(errors)
+    rng = random.Random(0)
+    for _ in range(500):
+        parts = rng.choices(PARTS_OF_TEXT, [45] * 6 + [1] * 269, k=rng.randrange(16))
+        ids = [*itertools.chain(*parts)]
+        sizes = rng.choices(range(5), k=rng.randrange(20))
+        try:
+            text = small[1].decode_bytes(ids).decode("utf-8", errors)
+        except UnicodeDecodeError:
+            for decode in (ours.decode, lambda ids, sizes=sizes: streamed(ours, ids, sizes)):
+                with pytest.raises(UnicodeDecodeError):
+                    decode(ids)
+            continue
+        stops = []
+        for _ in range(rng.randrange(4)):
+            start = rng.randrange(len(text) + 1)
+            part = text[start : start + rng.randrange(1, 6)]
+            stops.append(part + rng.choice(["", "", "a", "\ufffd"]) or "the")
+        pieces, decoder = streamed(ours, ids, sizes, stops[0] if len(stops) == 1 else stops)
+        found = [text.find(stop) for stop in stops if stop in text]
+        assert ours.decode(ids) == text
+        assert "".join(pieces) == text[: min(found, default=len(text))]
+        assert decoder.stopped == bool(found)
 
 
 def test_pieces_come_as_soon_as_they_are_certain(small):
@@ -394,65 +342,57 @@ def test_a_stop_waits_while_another_may_have_begun_before_it(small):
 # Reading OpenAI's two files
 
 
-def change(path, old, new):
-    """Replace what a file has exactly once. None stands for the whole content."""
-    content = path.read_bytes()
-    assert old is None or content.count(old) == 1
-    path.write_bytes(new if old is None else content.replace(old, new))
-
-
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n"
-NOT_0_TO_N = "encoder.json .* not 0 to 26"
-DAMAGES = [  # the file, what is replaced by what, and what the message says
-    ("encoder.json", b', "he": 257', b"", NOT_0_TO_N),
-    *(("encoder.json", b": 257", b": " + new, NOT_0_TO_N) for new in (b"999", b"-1", b"3")),
-    *(("encoder.json", b": 257", b": " + new, NOT_0_TO_N) for new in (b'"257"', b"257.0", b"true")),
+NOT_0_TO_N = "encoder.json .* not 0 to 268"
+DAMAGES = [  # the file, what is replaced (None: all of it) by what, and what the message says
+    ("encoder.json", b', "he": 257', b"", "encoder.json .* not 0 to 267"),
+    *(("encoder.json", b": 257", b": " + new, NOT_0_TO_N) for new in (b"999", b"3", b"257.0")),
     ("encoder.json", b": 257", b": [257]", NOT_0_TO_N),
     ("encoder.json", b": 257", b": " + b"257" * 2000, "encoder.json"),
+    ("encoder.json", b"{", b"[{", "encoder.json .* not valid JSON"),
     ("encoder.json", None, b"[1]", "encoder.json must hold .* list"),
-    ("encoder.json", None, b"", "encoder.json .* not valid JSON"),
-    ("encoder.json", None, b'{"a": 0, "b', "encoder.json .* not valid JSON"),
-    ("encoder.json", None, b'{"\xff": 0}', "encoder.json .* not UTF-8"),
-    ("encoder.json", None, b"[" * 10**5, "encoder.json .* too deep"),
-    ("encoder.json", None, POINTER, "encoder.json is a Git LFS pointer.*git lfs pull"),
-    ("vocab.bpe", None, POINTER, "vocab.bpe is a Git LFS pointer.*git lfs pull"),
+    ("vocab.bpe", None, b"", "vocab.bpe .* line 1 "),
+    ("encoder.json", b"{", b"[" * 10**5, "encoder.json .* too deep"),
+    ("encoder.json", b"he", b"\xff", "encoder.json .* not UTF-8"),
+    ("encoder.json", b"{", POINTER, "encoder.json is a Git LFS pointer.*git lfs pull"),
+    ("vocab.bpe", b"#version", POINTER, "vocab.bpe is a Git LFS pointer.*git lfs pull"),
     ("vocab.bpe", b"in g", b"in g x", "vocab.bpe .* line 13 "),
     ("vocab.bpe", b"h e\n", b" he\n", "vocab.bpe .* line 3 "),
-    ("vocab.bpe", b"h e\n", b"he \n", "vocab.bpe .* line 3 "),
     ("vocab.bpe", b"h e\n", b"h e\n\n", "vocab.bpe .* line 4 "),
     ("vocab.bpe", b"in g", b"in g\nzz t", "vocab.bpe .* lacks .*'zz'"),
     ("vocab.bpe", b"in g", b"in g\na a", "vocab.bpe .* lacks .*'aa'"),
     ("vocab.bpe", b"in g", b"in g\nh e", "vocab.bpe .* twice"),
     ("vocab.bpe", b"\nin g", b"", "vocab.bpe .* no merge makes .*'ing'"),
-    ("vocab.bpe", None, b"#version: 0.2\n", "vocab.bpe .* no merge makes"),
-    ("vocab.bpe", None, b"", "vocab.bpe .* line 1 "),
 ]
 
 
 @pytest.mark.parametrize(("name", "old", "new", "message"), DAMAGES)
 def test_a_damaged_vocabulary_raises_with_its_file_name(tmp_path, name, old, new, message):
     write_vocabulary(tmp_path / "broken")
-    change(tmp_path / "broken" / name, old, new)
+    path = tmp_path / "broken" / name
+    content = path.read_bytes()
+    assert old is None or old in content
+    path.write_bytes(new if old is None else content.replace(old, new, 1))
     with pytest.raises(ValueError, match=message) as error:
         get_encoder("broken", str(tmp_path))
+    assert str(error.value).startswith(str(tmp_path))
     assert "\n" not in str(error.value)
-    assert str(tmp_path) in str(error.value)
 
 
-FORMS = {
-    "CRLF": lambda content: content.replace(b"\n", b"\r\n"),
-    "no last line end": lambda content: content.removesuffix(b"\n"),
-    "empty lines at the end": lambda content: content + b"\n\n",
-    "no version": lambda content: content.removeprefix(b"#version: 0.2\n"),
-    "byte order mark": lambda content: b"\xef\xbb\xbf" + content,
-}
+FORMS = [
+    lambda content: content.replace(b"\n", b"\r\n"),
+    lambda content: content.removesuffix(b"\n"),
+    lambda content: content + b"\n\n",
+    lambda content: content.removeprefix(b"#version: 0.2\n"),
+    lambda content: b"\xef\xbb\xbf" + content,
+]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_forms_of_the_files_that_are_all_right(tmp_path, small, form):
+@pytest.mark.parametrize("change", FORMS)
+def test_forms_of_the_files_that_are_all_right(tmp_path, small, change):
     write_vocabulary(tmp_path / "other")
     for path in (tmp_path / "other").iterdir():
-        path.write_bytes(FORMS[form](path.read_bytes()))
+        path.write_bytes(change(path.read_bytes()))
     ours = get_encoder("other", str(tmp_path))
     assert (ours.encoder, ours.bpe_ranks) == (small[0].encoder, small[0].bpe_ranks)
 
@@ -461,7 +401,7 @@ def test_tokens_may_have_any_order_and_special_tokens_any_characters(tmp_path, s
     write_vocabulary(tmp_path / "mixed")
     order = random.Random(0).sample(range(270), 270)
     vocabulary = dict(zip([*small[0].encoder, "<|my énd|>"], order, strict=True))
-    change(tmp_path / "mixed" / "encoder.json", None, json.dumps(vocabulary).encode())
+    (tmp_path / "mixed" / "encoder.json").write_text(json.dumps(vocabulary))
     ours = get_encoder("mixed", str(tmp_path))
     text = "the naïve ring"
     assert ours.encode(text) == [order[i] for i in small[1].encode_ordinary(text)]
@@ -469,46 +409,35 @@ def test_tokens_may_have_any_order_and_special_tokens_any_characters(tmp_path, s
     assert ours.end_ids == {order[268]}
 
 
-def is_refused(folder, small):
-    """Tell whether a changed vocabulary is refused. If it is not, it must give the right ids."""
-    texts = ("the hand rings in another sand", "I re-ran, 3 times")
-    try:
-        ours = get_encoder(folder.name, str(folder.parent))
-        ids = [ours.encode(text) for text in texts]
-    except ValueError:
-        return True
-    assert ids == [small[1].encode_ordinary(text) for text in texts]
-    return False
+def cut(content, rng):
+    return content[: rng.randrange(len(content))]
 
 
-def test_a_truncated_vocabulary_never_gives_other_ids(tmp_path, small):
-    write_vocabulary(tmp_path / "cut")
-    for name, step, n_right in ("encoder.json", 29, 0), ("vocab.bpe", 1, 1):
-        path = tmp_path / "cut" / name
-        content = path.read_bytes()
-        refused = []
-        for n in range(0, len(content), step):
-            path.write_bytes(content[:n])
-            refused.append(is_refused(tmp_path / "cut", small))
-        assert refused.count(False) == n_right  # only the last line end is missing
-        assert len(refused) > 50
-        path.write_bytes(content)
+def with_a_flipped_bit(content, rng):
+    changed = bytearray(content)
+    changed[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    return bytes(changed)
 
 
-@pytest.mark.parametrize(("name", "n_right"), [("encoder.json", 5), ("vocab.bpe", 5)])
-def test_a_flipped_bit_never_gives_other_ids(tmp_path, small, name, n_right):
-    write_vocabulary(tmp_path / "flipped")
-    path = tmp_path / "flipped" / name
+@pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
+@pytest.mark.parametrize("change", [cut, with_a_flipped_bit])
+def test_a_damaged_vocabulary_is_refused_or_gives_the_right_ids(tmp_path, small, change, name):
+    write_vocabulary(tmp_path / "damaged")
+    path = tmp_path / "damaged" / name
     content = path.read_bytes()
     rng = random.Random(0)
-    refused = []
-    for _ in range(300):
-        changed = bytearray(content)
-        changed[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        path.write_bytes(changed)
-        refused.append(is_refused(tmp_path / "flipped", small))
-    assert refused.count(False) > n_right  # in the version, or in a byte that no text has
-    assert refused.count(True) > 150
+    texts = ("the hand rings in another sand", "I re-ran, 3 times")
+    n_right = 0
+    for _ in range(150):
+        path.write_bytes(change(content, rng))
+        with contextlib.suppress(ValueError):
+            ours = get_encoder("damaged", str(tmp_path))
+            ids = [ours.encode(text) for text in texts]
+            assert ids == [small[1].encode_ordinary(text) for text in texts]
+            n_right += 1
+    # Some changes do no harm: in the version, in bytes that the texts do not have.
+    least, most = (0, 0) if change is cut and name == "encoder.json" else (1, 50)
+    assert least <= n_right <= most
 
 
 def test_a_vocabulary_that_is_not_there(tmp_path):

@@ -58,7 +58,7 @@ def test_float64_oracle_matches_transformers(model):
     np.testing.assert_allclose(exact, model.logits, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("chunks", [[1] * 16, [5, 1, 1, 9], [15, 1], [2, 14], [16]])
+@pytest.mark.parametrize("chunks", [[1] * 16, [5, 1, 1, 9], [2, 14]])
 def test_logits_match_transformers(model, chunks):
     assert_close(model.run(model.ids), model.logits)
     cache = model.cache()
@@ -98,20 +98,18 @@ def test_long_texts_match_the_float64_oracle():
     assert_close(np.concatenate(parts), exact)
 
 
-def test_tokens_do_not_see_later_tokens(model):
-    n_vocab = model.logits.shape[1]
-    changed = [(i + 1) % n_vocab for i in model.ids[7:]]
-    answers = model.run(model.ids[:7] + changed)
-    assert_close(answers[:7], model.logits[:7])
-    assert not np.allclose(answers[7], model.logits[7], atol=1e-2)
-
-
-def test_inputs_and_parameters_are_not_modified(model):
-    read_only = map_arrays(lambda array: array.view(), model.params)
-    map_arrays(lambda array: array.setflags(write=False), read_only)
+def test_arguments_are_not_modified_and_numpys_settings_do_not_matter(model):
+    params = map_arrays(np.copy, model.params)
+    map_arrays(lambda array: array.setflags(write=False), params)
     inputs = np.array(model.ids)
     inputs.setflags(write=False)
-    assert_close(gpt2.gpt2(inputs, **read_only, n_head=model.n_head), model.logits)
+    cold = {"temperature": 1e-30, "top_p": 0.5, "top_k": 9, "seed": 0}
+    with np.errstate(all="raise"):
+        assert_close(gpt2.gpt2(inputs, **params, n_head=model.n_head), model.logits)
+        for options in {}, cold:
+            ids = gpt2.generate(inputs[:5], params, model.n_head, 3, **options)
+            assert ids == model.greedy[:3]
+        assert np.isfinite(gpt2.log_probs(model.ids * 3, params, model.n_head)).all()
 
 
 # The functions
@@ -137,7 +135,7 @@ WHOLE = np.arange(300).reshape(50, 6) % 11 - 5
 @pytest.mark.parametrize("name", FORMULAS)
 @pytest.mark.parametrize(
     "x",
-    [X, X[:, :1], X[0], X[1, :33], X[0, 7], WHOLE, WHOLE[:2], WHOLE[1]],
+    [X, X[:, :1], X[1, :33], X[0, 7], WHOLE, WHOLE[1]],
     ids=lambda x: f"{x.dtype}{list(x.shape)}",
 )
 def test_functions_match_their_formulas(name, x):
@@ -170,34 +168,12 @@ def test_attention_matches_its_formula_in_float32():
         np.testing.assert_allclose(all_visible[head], every, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("n_q", "n_kv"), [(1, 1), (1, 5), (2, 4), (4, 4), (3, 300)])
+@pytest.mark.parametrize(("n_q", "n_kv"), [(1, 5), (4, 4), (3, 300)])
 def test_causal_mask_hides_the_future_alone(n_q, n_kv):
     mask = gpt2.causal_mask(n_q, n_kv)
     assert mask.dtype == np.float32
     hidden = [[j > n_kv - n_q + i for j in range(n_kv)] for i in range(n_q)]
     np.testing.assert_array_equal(mask, np.where(hidden, np.float32(-1e10), np.float32(0)))
-
-
-STAGES = ["gelu", "softmax", "layer_norm", "linear", "ffn", "attention", "mha", "transformer_block"]
-
-
-def test_every_stage_is_float32(model, monkeypatch):
-    seen = {}
-
-    def watched(function):
-        def call(*args, **kwargs):
-            result = function(*args, **kwargs)
-            seen.setdefault(function.__name__, set()).add(str(result.dtype))
-            return result
-
-        return call
-
-    for name in STAGES:
-        monkeypatch.setattr(gpt2, name, watched(getattr(gpt2, name)))
-    cache = model.cache()
-    assert cache.kv.dtype == np.float32
-    assert model.run(model.ids, cache=cache).dtype == np.float32
-    assert seen == {name: {"float32"} for name in STAGES}
 
 
 # Errors
@@ -214,47 +190,33 @@ def test_more_tokens_than_positions_raise(model):
     assert cache.n_past == 3
 
 
-@pytest.mark.parametrize(
-    ("ids", "kind", "message"),
-    [
-        ([], ValueError, "at least one token id, got none"),
-        ([3, -1], ValueError, "-1 is not a token id: .* 50 tokens"),
-        ([49, 50], ValueError, "50 is not a token id: .* 50 tokens"),
-        ([3, 10**6], ValueError, "1000000 is not a token id"),
-        ([1.5], TypeError, "integers .*float64"),
-        ([True], TypeError, "integers .*bool"),
-        ("hello", TypeError, "integers .*str"),
-    ],
-)
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda ids, params: gpt2.gpt2(ids, **params, n_head=1),
-        lambda ids, params: gpt2.generate(ids, params, 1, 3),
-        lambda ids, params: gpt2.stream(ids, params, 1, 3),
-        lambda ids, params: gpt2.log_probs(ids, params, 1),
-    ],
-    ids=["gpt2", "generate", "stream", "log_probs"],
-)
-def test_bad_ids_raise_at_once(call, ids, kind, message):
-    with pytest.raises(kind, match=message):
-        call(ids, random_params(REFERENCE_MODELS["one_layer"]))
+BAD_IDS = [
+    ([], ValueError, "at least one token id, got none"),
+    ([3, -1], ValueError, "-1 is not a token id: .* 50 tokens"),
+    ([49, 50], ValueError, "50 is not a token id: .* 50 tokens"),
+    ([1.5], TypeError, "integers .*float64"),
+    ([True], TypeError, "integers .*bool"),
+    ("hello", TypeError, "integers .*str"),
+]
+CALLS = {
+    "gpt2": lambda ids, params: gpt2.gpt2(ids, **params, n_head=1),
+    "generate": lambda ids, params: gpt2.generate(ids, params, 1, 3),
+    "stream": lambda ids, params: gpt2.stream(ids, params, 1, 3),
+    "log_probs": lambda ids, params: gpt2.log_probs(ids, params, 1),
+}
 
 
-def test_callers_numpy_error_settings_do_not_matter(model):
-    cold = {"temperature": 1e-30, "top_p": 0.5, "top_k": 9, "seed": 0}
-    with np.errstate(all="raise"):
-        assert_close(model.run(model.ids), model.logits)
-        for options in {}, cold:
-            ids = gpt2.generate(model.ids[:5], model.params, model.n_head, 3, **options)
-            assert ids == model.greedy[:3]
-        assert np.isfinite(gpt2.log_probs(model.ids * 3, model.params, model.n_head)).all()
+@pytest.mark.parametrize("name", CALLS)
+def test_bad_ids_raise_at_once(name):
+    params = random_params(REFERENCE_MODELS["one_layer"])
+    for ids, kind, message in BAD_IDS:
+        with pytest.raises(kind, match=message):
+            CALLS[name](ids, params)
 
 
-@pytest.mark.parametrize("module", ["gpt2", "encoder"])
-def test_importing_stays_light(module):
+def test_importing_stays_light():
     heavy = {"tensorflow", "requests", "fire", "tqdm", "utils"}
-    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, gpt2, encoder; print(sorted({heavy} & set(sys.modules)))"
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"

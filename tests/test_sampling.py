@@ -43,24 +43,13 @@ def standard_deviations(counts, probs):
     return ((chi_squared / freedom) ** (1 / 3) - (1 - variance)) / math.sqrt(variance)
 
 
-@pytest.mark.parametrize(
-    "options", [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 4, 1.0), (1.0, 0, 0.7), (1.5, 6, 0.8)]
-)
-def test_samples_have_the_exact_probabilities(options):
+@pytest.mark.parametrize("i", [1, 2, 6, 9, 13, 16])  # temperature, top_k, top_p, all of them
+def test_samples_have_the_exact_probabilities(reference, i):
     """Chi-squared test. A correct sampler fails it with one seed in a million."""
-    temperature, top_k, top_p = options
-    logits = np.array([1.0, 3.0, 2.0, -1.0, 2.5, 0.0, 2.2, -8.0], np.float32)
-    exact = float64_softmax(logits.astype(np.float64) / temperature)
-    ranked = np.argsort(-exact)
-    exact[ranked[top_k or 8 :]] = 0
-    exact /= exact.sum()
-    before = np.cumsum(exact[ranked]) - exact[ranked]  # the probability of all likelier tokens
-    exact[ranked[before >= top_p]] = 0
-    exact /= exact.sum()
-
+    exact = reference["warped/probs"][i]
     rng = np.random.default_rng(0)
-    drawn = [gpt2.sample(logits, rng, *options) for _ in range(5000)]
-    counts = np.bincount(drawn, minlength=8)
+    drawn = [gpt2.sample(reference["warped/logits"][i], rng, *WARPS[i]) for _ in range(2000)]
+    counts = np.bincount(drawn, minlength=len(exact))
     assert not counts[exact == 0].any()
     assert standard_deviations(counts, exact) < 4.8
 
@@ -72,13 +61,11 @@ LOGITS = np.array([1.0, 5.0, 5.0, -3.0, 0.0], np.float32)
     ("options", "possible"),
     [
         ({"temperature": 0}, {1}),
-        ({"temperature": 1e-30}, {1, 2}),
         ({"temperature": 5e-324}, {1, 2}),
         ({"temperature": math.inf}, {0, 1, 2, 3, 4}),
         ({"temperature": math.inf, "top_k": 2}, {1, 2}),
         ({"temperature": 1e30, "top_k": 1}, {1, 2}),
         ({"top_p": 5e-324}, {1, 2}),
-        ({"top_k": 3, "temperature": 1e6}, {0, 1, 2}),
         ({"top_k": 10**9, "temperature": 1e6}, {0, 1, 2, 3, 4}),
     ],
 )
@@ -129,23 +116,19 @@ def until(stop_id, ids):
     return ids[: ids.index(stop_id)] if stop_id in ids else ids
 
 
-@pytest.mark.parametrize("n_prompt", [1, 7, 8, 9, 30])
-@pytest.mark.parametrize("n_ctx", [1, 2, 7, 8])
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 1.2}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9}], ids=str
+    ("n_ctx", "n_prompt"), [(1, 1), (1, 9), (2, 1), (2, 3), (7, 6), (7, 7), (8, 1), (8, 8), (8, 30)]
 )
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9}], ids=str)
 def test_generation_beyond_the_context_follows_the_documented_rule(n_ctx, n_prompt, options):
     sizes = {"n_vocab": 50, "n_ctx": n_ctx, "n_embd": 12, "n_head": 3, "n_layer": 2}
     params = random_params(sizes, seed=n_ctx)
     prompt = np.random.default_rng(n_prompt).integers(0, 50, n_prompt).tolist()
     rngs = map(np.random.default_rng, np.random.SeedSequence(4).spawn(3))
-    expected = [loop(prompt, params, 30, rng, options) for rng in rngs]
-
-    def new_ids(**more):
-        return gpt2.generate(prompt, params, N_HEAD, 30, seed=4, **options, **more)
-
-    assert new_ids() == expected[0]
-    assert new_ids(n_samples=3) == expected
+    expected = [loop(prompt, params, 20, rng, options) for rng in rngs]
+    options = {"seed": 4, **options}
+    assert gpt2.generate(prompt, params, N_HEAD, 20, **options) == expected[0]
+    assert gpt2.generate(prompt, params, N_HEAD, 20, **options, n_samples=3) == expected
 
 
 def test_same_seed_gives_same_ids():
@@ -158,12 +141,12 @@ def test_same_seed_gives_same_ids():
 
 
 def test_samples_are_independent_and_have_the_exact_probabilities():
-    """The first and second token of each of 2000 samples."""
+    """The first and second token of each of 1000 samples."""
 
     def probs_after(ids):
         return float64_softmax(float64_gpt2(ids, PARAMS, N_HEAD)[-1] / 0.7)
 
-    samples = generate(2, temperature=0.7, seed=3, n_samples=2000)
+    samples = generate(2, temperature=0.7, seed=3, n_samples=1000)
     probs = probs_after(PROMPT)
     counts = np.bincount([ids[0] for ids in samples], minlength=len(probs))
     assert standard_deviations(counts, probs) < 4.8
@@ -220,17 +203,12 @@ def test_memory_does_not_grow_beyond_the_context(calls):
     assert [n_seq for n_seq, _ in calls[:12]] == [16, 8, *[1] * 8, 8, 1]
 
 
-def test_no_work_after_the_stop_id(calls):
-    ids = generate(10, **HOT)
-    before = until(ids[4], ids)
-    calls.clear()
-    assert generate(10, **HOT, stop_id=ids[4]) == before
-    assert len(calls) == len(before) + 1
-
-
-def test_streaming_does_only_the_work_that_is_asked_for(calls):
-    ids = gpt2.stream(PROMPT, PARAMS, N_HEAD, 20)
+def test_the_model_does_only_the_work_that_is_asked_for(calls):
+    ids = gpt2.stream(PROMPT, PARAMS, N_HEAD, 20, **HOT)
     assert calls == []
-    for n in range(1, 4):
-        next(ids)
-        assert [n_seq for n_seq, _ in calls] == [3, 1, 1][:n]
+    new_ids = [next(ids) for _ in range(5)]
+    assert [n_seq for n_seq, _ in calls] == [3, 1, 1, 1, 1]
+    before = until(new_ids[4], new_ids)
+    calls.clear()
+    assert generate(20, **HOT, stop_id=new_ids[4]) == before
+    assert len(calls) == len(before) + 1
