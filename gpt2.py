@@ -510,7 +510,7 @@ def set_blas_threads(numbers: list[int]) -> None:
 
 class _ThisThread(threading.local):
     n_threads = 1  # that for_blocks may use
-    user: object = None  # the member of _blas.users that this thread added
+    user: object = None  # the member of _blas.users that the outermost own_threads added
 
 
 def n_own_threads() -> int:
@@ -530,18 +530,18 @@ def own_threads(n_threads: int | None = None) -> Iterator[None]:
     This may be nested and used in several threads at once. In each thread, the outermost n_threads
     counts. The last one to leave restores BLAS's threads.
     """
-    if _this_thread.user is not None:  # nested
-        yield
-        return
     user = object()
+    is_outermost = _this_thread.user is None
     try:
         n_blas_threads = _blas.add(user)
-        _this_thread.user = user
-        _this_thread.n_threads = n_threads or n_blas_threads
+        if is_outermost:
+            _this_thread.user = user
+            _this_thread.n_threads = n_threads or n_blas_threads
         yield
     finally:
-        _this_thread.user = None
-        _this_thread.n_threads = 1
+        if is_outermost:
+            _this_thread.user = None
+            _this_thread.n_threads = 1
         try:
             _blas.remove(user)
         except BaseException:  # Ctrl-C at this moment
