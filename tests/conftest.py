@@ -1,4 +1,5 @@
 import hashlib
+import signal
 
 import numpy as np
 import pytest
@@ -10,6 +11,10 @@ from helpers import (
     write_model,
     write_vocabulary,
 )
+
+# A shell ignores Ctrl-C in what it runs in the background, and child processes inherit that. They
+# do not inherit a handler, so with one here Ctrl-C works in the processes that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PUBLISHED_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",

@@ -35,12 +35,10 @@ N = SIZES[DATA]
 REAL_CHUNK = utils.CHUNK_BYTES
 CHUNK = 4096  # small chunks for small files
 
-# SIGINT is ignored in processes that a shell started in the background.
 DOWNLOAD = (
     sys.executable,
     "-c",
-    "import signal, sys, utils; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    f"utils.TIMEOUT = (300, 300); utils.CHUNK_BYTES = {CHUNK}; "
+    f"import sys, utils; utils.TIMEOUT = (300, 300); utils.CHUNK_BYTES = {CHUNK}; "
     "utils.download_gpt2_files('355M', sys.argv[1])",
 )
 

@@ -234,12 +234,8 @@ def test_an_error_in_any_thread_ends_the_call(params, exact, fail, error, is_cal
         if (threading.current_thread() is caller) == is_caller and next(first, False):
             fail()
 
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(error):
-            logits_of(129, watched(params, Watcher(3, fail_once)))
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with pytest.raises(error):
+        logits_of(129, watched(params, Watcher(3, fail_once)))
     assert set(blas_threads()) == {3}
     assert_exact(logits_of(129, params), exact)
 
