@@ -254,7 +254,7 @@ def test_stop_texts(models_dir, options):
 
 
 WARNINGS = {
-    "--seed 1": ["no effect: --seed"],
+    "--seed 0": ["no effect: --seed"],
     "--top-k=5 --top_p=.5 --temperature=0": ["no effect: --top_k, --top_p"],
     "--n_samples 2": ["all samples are equal"],
     "--n_samples=1 --top_k=1 --temperature=1e-3": [],

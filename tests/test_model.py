@@ -124,7 +124,11 @@ C_FC = {"w": WAVE.reshape(6, 24), "b": np.zeros(24, np.float32)}
 C_PROJ = {"w": WAVE[::-1].reshape(24, 6), "b": B}
 FORMULAS = {
     "gelu": (float64_gelu, ()),
+    "exact_gelu": (lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2, ()),
+    "relu": (lambda x: x * (x > 0), ()),
+    "silu": (lambda x: x / (1 + np.exp(-x)), ()),
     "softmax": (float64_softmax, ()),
+    "log_softmax": (lambda x: np.log(float64_softmax(x)), ()),
     "layer_norm": (float64_layer_norm, (G, B)),
     "linear": (lambda x, w, b: x @ w + b, (W, B[:5])),
     "ffn": (lambda x, f, p: float64_gelu(x @ f["w"] + f["b"]) @ p["w"] + p["b"], (C_FC, C_PROJ)),
