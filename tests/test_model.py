@@ -216,6 +216,9 @@ def test_bad_ids_raise_at_once(name):
     for ids, kind, message in BAD_IDS:
         with pytest.raises(kind, match=message):
             CALLS[name](ids, params)
+    if name != "gpt2":  # which takes several sequences
+        with pytest.raises(TypeError, match=r"sequence of integers .*\(1, 2\)"):
+            CALLS[name]([[1, 2]], params)
 
 
 def test_importing_stays_light():

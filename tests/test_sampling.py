@@ -66,6 +66,7 @@ LOGITS = np.array([1.0, 5.0, 5.0, -3.0, 0.0], np.float32)
         ({"temperature": math.inf, "top_k": 2}, {1, 2}),
         ({"temperature": 1e30, "top_k": 1}, {1, 2}),
         ({"top_p": 5e-324}, {1, 2}),
+        ({"top_p": 1 - 1e-9, "temperature": 3}, {0, 1, 2, 3, 4}),
         ({"top_k": 10**9, "temperature": 1e6}, {0, 1, 2, 3, 4}),
     ],
 )
