@@ -277,7 +277,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("case", FAULTS)
 def test_faults_of_the_server(server, folder, naps, monkeypatch, case):
-    """The files before DATA are there, so that only DATA meets a fault and a short timeout."""
+    """The files before DATA are there, so that it is the first that the server is asked for."""
     expected_requests, message, expected_naps, faults, times, settings = FAULTS[case]
     folder.mkdir()
     there = list(SIZES)[:3]
@@ -386,7 +386,9 @@ def test_leftovers(server, folder, part, version, n_requests, sent, ignores_if_r
     ("variable", "message"), [("GPT2_BASE_URL", "refused"), ("http_proxy", "the proxy: .*refused")]
 )
 def test_nobody_listens(server, folder, naps, monkeypatch, variable, message):
-    monkeypatch.setenv("no_proxy", "")
+    for name in ("no_proxy", "http_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         monkeypatch.setenv(variable, f"http://127.0.0.1:{bound.getsockname()[1]}")

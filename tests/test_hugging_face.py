@@ -26,7 +26,7 @@ FOLDER = DATA_DIR / "hugging_face"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
 MODELS = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
 LOGITS_STEP = 19  # of make_hugging_face.py
-N_FLIPS = int(os.environ.get("NPGPT_FLIPS", 40))  # a long run by hand: 5000
+N_FLIPS = int(os.environ.get("NPGPT_FLIPS", 40))
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 

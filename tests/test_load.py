@@ -1,5 +1,6 @@
 """Checkpoints that TensorFlow wrote, intact and damaged, read by TensorFlow and memory-mapped."""
 
+import importlib.util
 import json
 import os
 import pickle
@@ -29,12 +30,15 @@ from helpers import (
 import utils
 from utils import load_encoder_hparams_and_params, load_gpt2_params_from_tf_ckpt
 
+if not importlib.util.find_spec("tensorflow"):
+    pytest.skip("needs TensorFlow", allow_module_level=True)
+
 DATA = "model.ckpt.data-00000-of-00001"
 INDEX = "model.ckpt.index"
 RECORD = "model.ckpt.verified.json"
 SMALL_VARIABLES = random_variables(SMALL_HPARAMS)
 OTHER_VARIABLES = random_variables(SMALL_HPARAMS, seed=1)
-N_FLIPS = int(os.environ.get("NPGPT_FLIPS", 12))  # for a long run: 200
+N_FLIPS = int(os.environ.get("NPGPT_FLIPS", 12))
 FEW = range(N_FLIPS // 4 + 1)
 
 
@@ -460,7 +464,7 @@ print({"tensorflow", "requests"} & set(sys.modules))
 
 def python(code, *arguments):
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def own_lines(stderr):
@@ -471,7 +475,7 @@ def own_lines(stderr):
 
 @pytest.mark.parametrize("stderr", ["open", pytest.param("None", marks=pytest.mark.slow)])
 def test_tensorflow_is_silent_and_code_in_files_is_never_executed(model_dir, tmp_path, stderr):
-    """Four threads load a model first and keep standard error. A later process is silent, too.
+    """Four threads load a model at once. Standard error still works, and the library is silent.
 
     In other models, each file in turn is a pickle or a Python expression that would create a file.
     """

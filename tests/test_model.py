@@ -11,6 +11,7 @@ from helpers import (
     REFERENCE_MODELS,
     ROOT,
     assert_close,
+    float64_block,
     float64_gelu,
     float64_gpt2,
     float64_layer_norm,
@@ -151,6 +152,15 @@ def test_functions_match_their_formulas(name, x):
     np.testing.assert_array_equal(x, before)
     if x.dtype == np.float32:
         assert result.dtype == np.float32
+
+
+def test_a_block_and_its_parts_match_the_formula():
+    block = random_params(REFERENCE_MODELS["three_heads"])["blocks"][0]
+    x = np.sin(np.arange(240, dtype=np.float32)).reshape(20, 12)
+    exact = float64_block(x.astype(np.float64), 3, **block)
+    assert_close(gpt2.transformer_block(x, **block, n_head=3), exact)
+    y = x + gpt2.mha(gpt2.layer_norm(x, **block["ln_1"]), **block["attn"], n_head=3)
+    assert_close(y + gpt2.ffn(gpt2.layer_norm(y, **block["ln_2"]), **block["mlp"]), exact)
 
 
 def test_softmax_does_not_overflow():

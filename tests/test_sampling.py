@@ -141,18 +141,11 @@ def test_same_seed_gives_same_ids():
     assert len(set(unseeded)) == 3
 
 
-def test_samples_are_independent_and_have_the_exact_probabilities():
-    """The first and second token of each of 1000 samples."""
-
-    def probs_after(ids):
-        return float64_softmax(float64_gpt2(ids, PARAMS, N_HEAD)[-1] / 0.7)
-
+def test_first_tokens_of_samples_have_the_exact_probabilities():
     samples = generate(2, temperature=0.7, seed=3, n_samples=1000)
-    probs = probs_after(PROMPT)
+    probs = float64_softmax(float64_gpt2(PROMPT, PARAMS, N_HEAD)[-1] / 0.7)
     counts = np.bincount([ids[0] for ids in samples], minlength=len(probs))
     assert standard_deviations(counts, probs) < 4.8
-    for first, second in samples[:5]:  # the second token follows the sample's own first token
-        assert probs_after([*PROMPT, first])[second] > 1e-6
     assert len({tuple(ids) for ids in samples}) > 100
 
 
