@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import pickle
 import random
@@ -225,6 +226,23 @@ def test_a_published_name_requires_the_published_hparams(model_dir, monkeypatch)
     check_params(load(published)[2])
 
 
+PUBLISHED_BYTES = {
+    "124M": 497_759_232,
+    "355M": 1_419_292_672,
+    "774M": 3_096_120_320,
+    "1558M": 6_230_444_800,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_BYTES)
+def test_the_published_sizes_are_those_of_the_published_files(name):
+    """Four bytes per parameter. All heads are 64 numbers wide."""
+    sizes = utils.MODEL_SIZES[name]
+    shapes = [shape for _, shape in utils.variable_shapes(sizes._asdict())]
+    assert 4 * sum(map(math.prod, shapes)) == PUBLISHED_BYTES[name]
+    assert sizes.n_embd == 64 * sizes.n_head
+
+
 def test_tiny_is_found_from_everywhere(tmp_path, small_model):
     elsewhere = tmp_path / "elsewhere"
     assert load(elsewhere / "tiny")[1]["n_vocab"] == 1024
@@ -245,8 +263,11 @@ def test_a_size_that_cannot_be_verified_is_not_downloaded(tmp_path, monkeypatch,
 
 def test_two_models_in_one_folder(model_dir, capsys):
     """TensorFlow's is loaded if it is complete, with one line that says so."""
-    for name in ("config.json", "model.safetensors", "vocab.json", "merges.txt"):
+    for name in ("config.json", "vocab.json", "merges.txt"):
         shutil.copy(DATA_DIR / "hugging_face" / "whole" / name, model_dir)
+    assert load(model_dir)[1] == SMALL_HPARAMS
+    assert capsys.readouterr().err == ""
+    shutil.copy(DATA_DIR / "hugging_face" / "whole" / "model.safetensors", model_dir)
     assert load(model_dir)[1] == SMALL_HPARAMS
     (line,) = capsys.readouterr().err.splitlines()
     assert "TensorFlow" in line
