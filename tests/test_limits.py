@@ -62,11 +62,16 @@ def result_or_error(function):
 # Options of generate and stream
 
 
-@pytest.mark.parametrize("function", [gpt2.generate, gpt2.stream, gpt2.token_probs, gpt2.sample])
+@pytest.mark.parametrize(
+    "function", [gpt2.generate, gpt2.stream, gpt2.main, gpt2.token_probs, gpt2.sample]
+)
 def test_the_signature_shows_the_options(function):
     defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     if function in (gpt2.generate, gpt2.stream):
         defaults |= {"temperature": 0.0, "seed": None, "n_samples": None, "stop_id": None}
+    if function is gpt2.main:
+        defaults |= {"temperature": 0.0, "seed": None, "n_samples": 1, "stop": None}
+        defaults["special_tokens"] = False
     parameters = inspect.signature(function).parameters
     assert {
         name: parameters[name].default for name in list(parameters)[-len(defaults) :]
