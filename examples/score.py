@@ -259,13 +259,21 @@ def windows(lines: Iterable[Line]) -> Iterator[list[Line]]:
 
 @dataclass(frozen=True)
 class Model:
-    """A model, its identity (a digest of all that the scores depend on), and its mapped files."""
+    """A model, its folder and mapped files, and its identity.
+
+    The identity is a digest of all that the scores depend on.
+    """
 
     encoder: Encoder
     hparams: dict[str, int]
     params: dict[str, Any]
     identity: str
+    folder: str
     files: dict[str, list[int]]
+
+    def is_unchanged(self) -> bool:
+        """Tell whether the mapped files are still those that were loaded."""
+        return self.files == weight_files(self.folder)
 
     @property
     def start_ids(self) -> list[int]:
@@ -292,25 +300,25 @@ def load(model_size: str, models_dir: str, identity: str | None = None) -> Model
     """
     with LOAD_LOCK:
         model = read_model(model_size, models_dir)
-        folder = find_model_dir(model_size, models_dir)
-        if model.files != weight_files(folder) or identity not in (None, model.identity):
+        if not model.is_unchanged() or identity not in (None, model.identity):
             read_model.cache_clear()
             model = read_model(model_size, models_dir)
     if identity not in (None, model.identity):
-        raise ValueError(f"{folder} holds another model than this run began with")
+        raise ValueError(f"{model.folder} holds another model than this run began with")
     return model
 
 
 @functools.lru_cache(maxsize=1)
 def read_model(model_size: str, models_dir: str) -> Model:
-    files = weight_files(find_model_dir(model_size, models_dir))
+    folder = find_model_dir(model_size, models_dir)
+    files = weight_files(folder)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     if encoder.start_id is None and not encoder.first_ids:
         raise ValueError("the vocabulary has no <|endoftext|>, which goes before each text")
     digest = hashlib.sha256()
     for value in (hparams, vocabulary(encoder), params):
         add_to_digest(digest, value)
-    return Model(encoder, hparams, params, digest.hexdigest(), files)
+    return Model(encoder, hparams, params, digest.hexdigest(), folder, files)
 
 
 def weight_files(folder: str) -> dict[str, list[int]]:
@@ -558,8 +566,7 @@ def score(batch: Batch) -> Scores:
     scores = Scores(-found.log_probs, found.is_likeliest)
     if not np.isfinite(scores.nats).all():
         raise ValueError("the logits are not finite: the parameters are damaged")
-    folder = find_model_dir(batch.model_size, batch.models_dir)
-    if model.files != weight_files(folder):
+    if not model.is_unchanged():
         raise ValueError(f"the files of {batch.model_size} were changed during the run")
     return scores
 

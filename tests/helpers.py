@@ -1,6 +1,7 @@
 """Shared by the tests: small models in OpenAI's layout, independent oracles, comparisons."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -311,3 +312,24 @@ def read_terminal(descriptor):
             shown += piece
     os.close(descriptor)
     return shown
+
+
+def load(model_dir):
+    """(encoder, hparams, params) of the model in a folder."""
+    from utils import load_encoder_hparams_and_params
+
+    return load_encoder_hparams_and_params(model_dir.name, str(model_dir.parent))
+
+
+def is_mapped(array):
+    """Whether an array lies in a mapped file, not in memory of its own."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array.base is not None
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is a terminal."""
+
+    def isatty(self):
+        return True

@@ -14,13 +14,12 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import DATA_DIR, REAL_MODELS_DIR, copy_model, flat
+from helpers import DATA_DIR, REAL_MODELS_DIR, copy_model, flat, is_mapped, load
 from hugging_face_kinds import CONFIGS, END_PROMPT, KIND_TEXTS, REMOVE, TOKENIZERS, edit
 
 from encoder import get_encoder
 from gpt2 import generate, gpt2
 from hugging_face import DEFAULT_END, read_config
-from utils import load_encoder_hparams_and_params
 
 FOLDER = DATA_DIR / "hugging_face"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
@@ -46,10 +45,6 @@ def copy(tmp_path):
 def model_dir(copy):
     """A copy of the folder `whole`, to do anything with."""
     return copy("whole")
-
-
-def load(model_dir):
-    return load_encoder_hparams_and_params(model_dir.name, str(model_dir.parent))
 
 
 def load_encoder(model_dir):
@@ -130,12 +125,6 @@ def assert_params(params, tensors, n_vocab=None):
         assert array.dtype == np.float32
         assert not array.flags.writeable
         np.testing.assert_array_equal(array, tensors[name])
-
-
-def is_mapped(array):
-    while isinstance(array.base, np.ndarray):
-        array = array.base
-    return array.base is not None
 
 
 TENSORS = stored_tensors(FOLDER / "whole")

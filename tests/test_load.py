@@ -22,6 +22,8 @@ from helpers import (
     SMALL_MERGES,
     copy_model,
     flat,
+    is_mapped,
+    load,
     random_variables,
     save_variables,
     write_model,
@@ -49,10 +51,6 @@ def model_dir(small_model, tmp_path):
     return copy_model(small_model, tmp_path / "small")
 
 
-def load(model_dir):
-    return load_encoder_hparams_and_params(model_dir.name, str(model_dir.parent))
-
-
 def check_params(params, variables=SMALL_VARIABLES):
     found = flat(params)
     assert found.keys() == variables.keys()
@@ -61,12 +59,6 @@ def check_params(params, variables=SMALL_VARIABLES):
         assert not array.flags.writeable
         np.testing.assert_array_equal(array, variables[name].reshape(array.shape))
         assert array.ndim == (1 if name.endswith(("/b", "/g")) else 2)
-
-
-def is_mapped(array):
-    while isinstance(array.base, np.ndarray):
-        array = array.base
-    return array.base is not None
 
 
 def is_right(model_dir):

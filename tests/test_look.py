@@ -17,6 +17,7 @@ from helpers import (
     REFERENCE_MODELS,
     ROOT,
     SMALL_HPARAMS,
+    Terminal,
     assert_close,
     float64_softmax,
     held_out_text,
@@ -219,11 +220,6 @@ def test_table_in_a_pipe(run, tiny_model, text):
         assert int(its_rank) == rank(row, ids[i])
         shown = [look.token_text(each, tiny_model.encoder) for each in (ids[i], *likeliest(row, 3))]
         assert [token, *expected] == shown
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 @pytest.mark.parametrize(("term", "no_color"), [("xterm", ""), ("xterm", "1"), ("dumb", "")])

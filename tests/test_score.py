@@ -24,6 +24,7 @@ from helpers import (
     DATA_DIR,
     ROOT,
     SMALL_HPARAMS,
+    Terminal,
     bash,
     float64_gpt2,
     random_params,
@@ -801,11 +802,6 @@ def test_the_readme_shows_what_is_printed(tmp_path, language, code, shown):
     assert re.split(number, printed.stdout) == re.split(number, shown)
     numbers = [list(map(float, re.findall(number, text))) for text in (printed.stdout, shown)]
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-3)
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])

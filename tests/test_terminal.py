@@ -12,7 +12,7 @@ import warnings
 
 import pytest
 import tqdm
-from helpers import ROOT, bash
+from helpers import ROOT, Terminal, bash
 
 import utils
 
@@ -32,11 +32,6 @@ class Full(io.StringIO):
 
     def flush(self):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 def closed():
