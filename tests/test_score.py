@@ -624,6 +624,11 @@ def test_a_batch_is_scored_with_its_model_or_not_at_all(tmp_path):
     score.score(other)
 
 
+def test_the_files_of_the_bundled_model_are_watched_from_any_folder(tmp_path):
+    (path,) = score.load("tiny", str(tmp_path)).files
+    assert os.path.samefile(path, ROOT / "models" / "tiny" / "model.ckpt.data-00000-of-00001")
+
+
 CHANGES = [
     ("merges.txt", lambda content: content.replace(b"h e\n", b"").replace(b"re\n", b"re\nh e\n")),
     ("vocab.json", lambda content: content.replace(b'"a": 64, "b": 65', b'"b": 64, "a": 65')),
