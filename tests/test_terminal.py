@@ -1,20 +1,14 @@
 """What makes a command robust: its streams, its errors, its exit status, its progress bars."""
 
-import errno
-import importlib
 import io
-import os
 import re
 import shlex
 import sys
-import types
-import warnings
 
 import pytest
-import tqdm
 from helpers import ROOT, Terminal, bash
 
-import utils
+import terminal
 
 
 class Writer:
@@ -27,19 +21,6 @@ class Writer:
         self.getvalue = stream.getvalue
 
 
-class Full(io.StringIO):
-    """A stream without room and without a descriptor."""
-
-    def flush(self):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def closed():
-    stream = io.StringIO()
-    stream.close()
-    return stream
-
-
 def nothing():
     """Return what a stream is when the process was started without it."""
     return None
@@ -50,19 +31,16 @@ def binary(content, encoding="utf-8"):
     return io.TextIOWrapper(io.BytesIO(content), encoding)
 
 
-def run(command, *arguments):
-    return utils.run_command("prog", command, list(arguments))
+def run(program):
+    return terminal.run(program, [])
 
 
-def command_that_raises(error):
-    def command(arguments):
-        print("output")
+def program_that_raises(error):
+    def program():
+        yield "output\n"
         raise error
 
-    return command
-
-
-NO_SPACE = "prog: [Errno 28] No space left on device\n"
+    return program
 
 
 # Errors
@@ -71,20 +49,22 @@ NO_SPACE = "prog: [Errno 28] No space left on device\n"
 @pytest.mark.parametrize(
     ("error", "status", "pattern"),
     [
-        (utils.UsageError("no prompt"), 2, "prog: no prompt\n"),
-        (ValueError("two\nlines\r\nor three"), 1, "prog: two lines or three\n"),
-        (FileNotFoundError(2, "No such file", "x"), 1, r"prog: \[Errno 2\] No such file: 'x'\n"),
-        (MemoryError(), 1, "prog: out of memory\n"),
-        (OverflowError("too large"), 1, "prog: too large\n"),
-        (ImportError("no TensorFlow"), 1, "prog: no TensorFlow\n"),
-        (ModuleNotFoundError("no mine", name="mine"), 1, "prog: no mine\n"),
-        (ModuleNotFoundError(name="tqdm.auto"), 1, "prog: .* tqdm is not .* pip install tqdm\n"),
+        (terminal.UsageError("no prompt"), 2, "test_terminal.py: no prompt\n"),
+        (ValueError("two\nlines\r\nor three"), 1, "test_terminal.py: two lines or three\n"),
+        (
+            FileNotFoundError(2, "No such file", "x"),
+            1,
+            r"test_terminal.py: \[Errno 2\] No such file: 'x'\n",
+        ),
+        (MemoryError(), 1, "test_terminal.py: out of memory\n"),
+        (ImportError("no TensorFlow"), 1, "test_terminal.py: no TensorFlow\n"),
+        (ModuleNotFoundError("no tqdm", name="tqdm"), 1, ".*: no tqdm; .* pip install tqdm\n"),
         (KeyboardInterrupt(), 130, ""),
         (BrokenPipeError(), 0, ""),
     ],
 )
 def test_errors(capsys, error, status, pattern):
-    assert run(command_that_raises(error)) == status
+    assert run(program_that_raises(error)) == status
     written = capsys.readouterr()
     assert written.out == "output\n"
     assert re.fullmatch(pattern, written.err)
@@ -93,81 +73,59 @@ def test_errors(capsys, error, status, pattern):
 @pytest.mark.parametrize("error", [TypeError("a mistake in the program"), SystemExit(3)])
 def test_other_exceptions_are_passed_on(error):
     with pytest.raises(type(error)) as caught:
-        run(command_that_raises(error))
+        run(program_that_raises(error))
     assert caught.value is error
 
 
-def test_status():
-    assert run(lambda arguments: None) == 0
-    assert run(lambda arguments: 3 if arguments == ["a", "b"] else 99, "a", "b") == 3
+# The words of a command line
 
 
-@pytest.mark.parametrize("package", ["requests", "tqdm"])
-def test_a_package_that_is_not_installed(monkeypatch, capsys, tmp_path, package):
-    def command(arguments):
-        utils.progress_bar()
-        utils.download_gpt2_files("124M", str(tmp_path / "124M"))
+def test_arguments():
+    def program(text: str, n: int = 3, *, rate: float = 0.5, name: str | None = None,
+                each: tuple[str, ...] = (), loud: bool = False):  # fmt: skip
+        """Help."""
+        seen.append((text, n, rate, name, each, loud))
 
-    monkeypatch.setitem(sys.modules, package, None)
-    assert run(command) == 1
-    message = f"prog: the package {package} is not installed; install it with: pip install "
-    assert capsys.readouterr().err == f"{message}{package}\n"
-    assert list(tmp_path.iterdir()) == []
+    seen = []
+    lines = {
+        "a": ("a", 3, 0.5, None, (), False),
+        "--rate .25 a 4": ("a", 4, 0.25, None, (), False),
+        "5 --text=-a --loud": ("-a", 5, 0.5, None, (), True),
+        "a -n=-7 --name= --each=b --each -- --lo": None,
+        "a -n=-7 --name= --each=b --each c=d --lo": ("a", -7, 0.5, "", ("b", "c=d"), True),
+        "a --rate 1 --r=2": ("a", 3, 2.0, None, (), False),
+        "": None,
+        "a 1 2": None,
+        "a --loud=False": ("a", 3, 0.5, None, (), False),
+    }
+    for line, expected in lines.items():
+        assert terminal.run(program, line.split()) == (0 if expected else 2)
+        if expected:
+            assert seen.pop() == expected
+    assert seen == []
 
 
 # Streams
 
 
-@pytest.mark.parametrize("stderr", [nothing, closed, io.StringIO, Writer, Full])
-@pytest.mark.parametrize("stdout", [nothing, closed, io.StringIO, Writer, Full])
+@pytest.mark.parametrize("stderr", [io.StringIO, Writer])
+@pytest.mark.parametrize("stdout", [io.StringIO, Writer])
 def test_replaced_streams(monkeypatch, stdout, stderr):
     """The text of an error goes to standard error or nowhere."""
     out = stdout()
     err = stderr()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
-    utils.complain("prog", "before")  # the library prints warnings outside run_command, too
-    assert run(command_that_raises(ValueError("wrong"))) == 1
-    if stdout not in (nothing, closed):
-        assert out.getvalue() == "output\n"
-    if stderr not in (nothing, closed):
-        assert err.getvalue() == "prog: before\nprog: wrong\n"
-
-
-@pytest.mark.parametrize("finish", [bool, sys.exit])
-def test_output_that_cannot_be_written(monkeypatch, capsys, finish):
-    """argparse exits after it has printed the help."""
-    monkeypatch.setattr(sys, "stdout", Full())
-    assert run(lambda arguments: finish(print("output"))) == 1
-    assert capsys.readouterr().err == NO_SPACE
-
-
-def test_output_that_the_command_closes(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdout", binary(b""))
-    assert run(lambda arguments: sys.stdout.close()) == 1
-    assert capsys.readouterr().err.startswith("prog: I/O operation on closed file")
+    terminal.note("before")
+    assert run(program_that_raises(ValueError("wrong"))) == 1
+    assert out.getvalue() == "output\n"
+    assert err.getvalue() == "before\ntest_terminal.py: wrong\n"
 
 
 def test_characters_that_the_streams_cannot_encode(monkeypatch):
     monkeypatch.setattr(sys, "stdout", binary(b"", "ascii"))
-    monkeypatch.setattr(sys, "stderr", binary(b"", "ascii"))
-    command = command_that_raises(ValueError("no model 'é\udcff'"))
-    assert run(lambda arguments: print("ü") or command(arguments)) == 1
-    assert sys.stdout.buffer.getvalue() == b"?\noutput\n"
-    assert sys.stderr.buffer.getvalue() == b"prog: no model '??'\n"
-
-
-def test_input_that_is_not_utf_8(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", binary(b"a\xffb\n"))
-    with utils.robust_streams():
-        assert input() == "a\ufffdb"
-
-
-def test_input_of_which_something_was_read(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", binary(b"one\ntwo\n"))
-    assert input() == "one"
-    with utils.robust_streams():
-        assert input() == "two"
+    assert run(lambda: ["ü"]) == 0
+    assert sys.stdout.buffer.getvalue() == b"?"
 
 
 # Texts
@@ -184,19 +142,16 @@ TEXTS = {  # the text, or the offset of the first byte that is not UTF-8
 }
 
 
-@pytest.fixture(params=["file", "buffer", "text"])
+@pytest.fixture(params=["file", "standard input"])
 def written(request, tmp_path, monkeypatch):
     """A function that writes bytes to a file or to standard input and returns its path."""
 
     def write(content):
+        path = tmp_path / "text"
+        path.write_bytes(content)
         if request.param == "file":
-            path = tmp_path / "text"
-            path.write_bytes(content)
             return str(path)
-        stream = binary(content)
-        if request.param == "text":
-            stream = io.StringIO(content.decode("utf-8", "surrogateescape"), newline="")
-        monkeypatch.setattr(sys, "stdin", stream)
+        monkeypatch.setattr(sys, "stdin", binary(content))
         return "-"
 
     return write
@@ -206,90 +161,57 @@ def written(request, tmp_path, monkeypatch):
 def test_read_text(written, content):
     path = written(content)
     if isinstance(TEXTS[content], str):
-        assert utils.read_text(path) == TEXTS[content]
+        assert terminal.read_text(path) == TEXTS[content]
         return
     name = "standard input" if path == "-" else path
     with pytest.raises(ValueError, match=f"{name} is not UTF-8: .* at byte {TEXTS[content]}$"):
-        utils.read_text(path)
+        terminal.read_text(path)
 
 
-def test_read_text_from_nothing(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "stdin", None)
-    assert utils.read_text("-") == ""
-    with utils.robust_streams():
-        assert utils.read_text("-") == ""
+def test_read_text_from_nothing(tmp_path):
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises(OSError, match=str(path)):
-            utils.read_text(str(path))
+            terminal.read_text(str(path))
 
 
 # Progress bars
 
 
-@pytest.mark.parametrize("stream", [Terminal, io.StringIO, Writer, nothing, closed])
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO, nothing])
 def test_progress_bars_are_shown_on_a_terminal(monkeypatch, stream):
     err = stream()
     monkeypatch.setattr(sys, "stderr", err)
-    with utils.progress_bar(total=3, desc="three") as bar:
+    with terminal.progress_bar(total=3, desc="three") as bar:
         bar.update(3)
     if stream is Terminal:
         assert "three: 100%" in err.getvalue()
-    elif stream not in (nothing, closed):
+    elif stream is not nothing:
         assert err.getvalue() == ""
 
 
-def test_progress_bar_in_a_notebook_without_widgets(monkeypatch):
-    """tqdm.auto warns there. It is imported anew, as in a notebook that was just started."""
-    shell = types.SimpleNamespace(config={"IPKernelApp": {}})
-    ipython = types.SimpleNamespace(get_ipython=lambda: shell, display=None)
-    for name in ("IPython", "IPython.display", "ipykernel", "ipykernel.zmqshell"):
-        monkeypatch.setitem(sys.modules, name, ipython)
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-
-    def forget():
-        for name in ("auto", "autonotebook", "notebook"):
-            monkeypatch.delitem(sys.modules, f"tqdm.{name}", raising=False)
-
-    forget()
-    with pytest.warns(tqdm.TqdmWarning, match="IProgress"):
-        importlib.import_module("tqdm.auto")
-    forget()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with utils.progress_bar(total=3, desc="three") as bar:
-            bar.update(3)
-    assert caught == []
-    assert "three: 100%" in sys.stderr.getvalue()
-
-
-# Processes: Python flushes the streams when it exits, and descriptors may be closed
+# Processes: Python flushes the streams when it exits
 
 
 PROGRAM = """
-import os, sys, utils
+import sys, terminal
 
-def command(arguments):
+def program(word: str):
     print("output")
-    if arguments == ["fail"]:
+    if word == "fail":
         raise ValueError("wrong")
-    if arguments == ["save"]:
-        with open("saved", "w") as file:
-            os.write(1, b"one")
-            os.write(2, b"two")
-            file.write("three" + utils.read_text("-"))
 
-sys.exit(utils.run_command("prog", command, sys.argv[1:]))
+sys.exit(terminal.run(program, sys.argv[1:]))
 """
 
 
 @pytest.mark.parametrize(
     ("script", "status", "err"),
     [
-        ("prog print >/dev/full", 1, NO_SPACE),
-        ("prog fail >/dev/full 2>/dev/full", 1, ""),
+        ("prog print >/dev/full", 1, "prog.py: [Errno 28] No space left on device\n"),
+        ("prog fail >/dev/full", 1, "prog.py: wrong\n"),
         ("exec 3> >(true); wait $!; prog print >&3", 0, ""),  # nobody reads the pipe
-        ("prog save <&- >&- 2>&-", 0, ""),
+        ("prog print >&-", 0, ""),
+        ("prog print 2>&- <&- >/dev/null", 0, ""),
     ],
 )
 def test_processes(tmp_path, script, status, err):
@@ -297,5 +219,3 @@ def test_processes(tmp_path, script, status, err):
     program = f'prog() {{ PYTHONPATH={shlex.quote(str(ROOT))} python prog.py "$@"; }}'
     result = bash(f"{program}; {script}", cwd=tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (status, "", err)
-    if "save" in script:  # the file does not get the descriptor of a stream, and so its text
-        assert (tmp_path / "saved").read_text() == "three"
