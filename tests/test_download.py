@@ -4,6 +4,7 @@ Whatever happens, each file is intact or absent, any error is one clear line, an
 downloads what is missing.
 """
 
+import base64
 import errno
 import fcntl
 import functools
@@ -25,7 +26,7 @@ from types import SimpleNamespace
 import pytest
 import requests
 from helpers import FILES, ROOT
-from server import ALWAYS, DATE, Fault, Server
+from server import ALWAYS, Fault, Server
 
 import utils
 
@@ -122,8 +123,7 @@ def check_completes(folder, server):
     expected = missing(folder)
     kept = {}
     for name in SIZES:
-        part = folder / f"{name}.part"
-        kept[name] = size_of(part) if size_of(folder / f"{name}.part.version") else 0
+        kept[name] = size_of(folder / f"{name}.part")
     server.heal()
     download(folder)
     assert [request.name for request in server.requests] == expected
@@ -166,17 +166,28 @@ def test_unusual_addresses_and_folders(server, folder, monkeypatch, address, nam
 
 UNUSABLE = (
     "127.0.0.1:80|ftp://127.0.0.1/|http://|http://[::1|http://host:port|http://127.0.0.1:99999|"
-    "http://a host|http://" + 70 * "a" + ".example"
+    "http://a host|http://127.0.0.1:9|http://" + 70 * "a" + ".example"
 )
 
 
 @pytest.mark.parametrize("address", UNUSABLE.split("|"))
-def test_unusable_addresses_raise(tmp_path, monkeypatch, address):
-    """A download that fails at once leaves no empty folder."""
-    monkeypatch.setenv("GPT2_BASE_URL", address)
-    message = re.escape(address.rstrip("/").removeprefix("http://"))
-    download_fails(tmp_path / "new" / "355M", message, error_class=(ConnectionError, ValueError))
+@pytest.mark.parametrize("secret", ["", "user:pass@"])
+def test_unusable_addresses_raise(tmp_path, monkeypatch, capfd, address, secret):
+    """A download that fails at once leaves no empty folder, and no message shows a password."""
+    monkeypatch.setenv("GPT2_BASE_URL", address.replace("//", f"//{secret}"))
+    folder = tmp_path / "new" / "355M"
+    error = download_fails(folder, "", error_class=(ConnectionError, ValueError))
     assert list(tmp_path.iterdir()) == []
+    shown = f"{error} {capfd.readouterr().err}"
+    assert "pass" not in shown
+    assert "user" not in shown
+
+
+def test_a_user_and_a_password(server, folder, monkeypatch):
+    monkeypatch.setenv("GPT2_BASE_URL", server.address.replace("//", "//user:pass@"))
+    download(folder)
+    credentials = "Basic " + base64.b64encode(b"user:pass").decode()
+    assert {request.headers["Authorization"] for request in server.requests} == {credentials}
 
 
 @pytest.mark.parametrize("model_size", ["", "345M", "tiny"])
@@ -203,8 +214,8 @@ def fails(n_requests, message, *faults, naps=None, **settings):
     return n_requests, message, naps, faults, ALWAYS, settings
 
 
-def cut(n_bytes=N // 2, then="close", headers=""):
-    return Fault(headers=headers, sends=n_bytes, then=then)
+def cut(n_bytes=N // 2, then="close", headers="", ignores_range=False):
+    return Fault(headers=headers, sends=n_bytes, then=then, ignores_range=ignores_range)
 
 
 def later(value):
@@ -215,11 +226,6 @@ def other_bytes(body):
     return body[:-1] + bytes([body[-1] ^ 1])
 
 
-HINT = "; --model_size tiny needs no network$"
-NO_HINT = "without response$"
-NO_VERSION = cut(headers="ETag\nLast-Modified")
-OTHER_VERSION = Fault(headers='ETag: "other"', ignores_if_range=True)
-OTHER_MD5 = "AAAAAAAAAAAAAAAAAAAAAA=="
 SILENCE = Fault(silent=True, then="close")
 RESET = Fault(silent=True, then="reset")
 SILENT_STALL = Fault(silent=True, then="stall")
@@ -229,49 +235,40 @@ LONGER = Fault(change=lambda body: body + b"!", headers=f"Content-Length: {N}")
 GZIP = Fault(change=gzip.compress, headers="Content-Encoding: gzip")
 RANGE_OF_50 = f"Content-Range: bytes {{start}}-{N // 2 + 49}/{N}"
 FIFTY_BYTES = Fault(change=lambda body: body[:50], headers=RANGE_OF_50)
+IGNORES_RANGE = Fault(ignores_range=True)
 FAULTS = {
     "206": fails(1, "HTTP status 206", 206),
     "404": fails(1, "HTTP status 404", 404),
     "416": fails(1, "HTTP status 416", 416),
     "416 when resuming": works(3, cut(), 416),
     "some statuses": works(5, 408, 425, 500, 502),
-    "503 and resets": works(8, 503, RESET, 504, RESET, 503, RESET, 503),
-    "503 for ever": fails(5, "HTTP status 503", 503, naps=[1, 2, 4]),
+    "503 and cuts": works(8, 503, cut(50_000), 504, RESET, 503, cut(50_000), 503),
+    "503 for ever": fails(5, "HTTP status 503", 503, naps=[0.5, 1, 2, 4]),
     "later": works(2, later("7"), naps=[7]),
     "much later": works(2, later("99999"), naps=[30]),
-    "at a later date": works(2, later("Wed, 06 Nov 2999 00:00:00 GMT"), naps=[30]),
-    "at an earlier date": works(2, later("Wed, 06 Nov 2019 00:00:00 GMT"), naps=[]),
-    "at an impossible date": works(2, later("Wed, 06 Nov 99999 00:00:00 GMT"), naps=[]),
-    "at too large a number": works(2, later("9" * 5000), naps=[]),
-    "soon": works(2, later("soon"), naps=[]),
+    "at too large a number": works(2, later("9" * 5000), naps=[30]),
+    "at a later date": works(2, later("Wed, 06 Nov 2999 00:00:00 GMT"), naps=[0.5]),
+    "soon": works(2, later("soon"), naps=[0.5]),
     "redirects in a circle": fails(31, "redirects", Fault(302, f"Location: {DATA}")),
     "redirect to ftp": fails(1, "ftp", Fault(302, "Location: ftp://127.0.0.1/")),
-    "no answer": fails(5, HINT, SILENCE, naps=[0.5, 1, 2, 4]),
-    "no answer after PATIENCE": fails(1, HINT, SILENCE, PATIENCE=-1),
-    "no answer after PATIENCE, but bytes": fails(5, NO_HINT, cut(), SILENCE, PATIENCE=-1),
-    "silence": fails(1, f"timed out.*{HINT}", SILENT_STALL, TIMEOUT=(10, 0.3), PATIENCE=0.2),
+    "no answer": fails(5, "without response", SILENCE, naps=[0.5, 1, 2, 4]),
+    "no answer after PATIENCE": fails(1, "without response", SILENCE, PATIENCE=-1),
+    "no answer after PATIENCE, but bytes": fails(5, "without resp", cut(), SILENCE, PATIENCE=-1),
+    "silence": fails(1, "timed out", SILENT_STALL, TIMEOUT=(10, 0.3), PATIENCE=0.2),
     "stall": works(None, STALL, TIMEOUT=(10, 0.5)),
     "stall without a body": fails(1, "timed out", NO_BODY_STALL, TIMEOUT=(10, 0.3), PATIENCE=0.2),
     "few bytes each time": works(None, cut(N // 20), times=ALWAYS),
     "a byte long": works(1, LONGER),
-    "other bytes when resuming": fails(2, "md5", cut(), Fault(change=other_bytes)),
-    "other MD5": fails(1, "md5", f"Content-MD5: {OTHER_MD5}"),
-    "other MD5 of Azure": fails(1, "md5", f"x-ms-blob-content-md5: {OTHER_MD5}"),
-    "MD5 of the rest": works(2, cut(), f"x-ms-blob-content-md5\nContent-MD5: {OTHER_MD5}"),
-    "no MD5": works(1, "Content-MD5"),
-    "not an MD5": fails(1, "", "Content-MD5: abc"),
     "web page": fails(1, "web page", "Content-Type: TEXT/HTML; charset=utf-8"),
-    "gzip": fails(1, "compressed", GZIP),
+    "gzip": fails(1, "state the length", GZIP),
     "no length": fails(1, "state the length", "Content-Length"),
     "not a length": fails(None, "", cut(None, headers="Content-Length: long")),
-    "chunks and a length": fails(1, "length", "Transfer-Encoding: chunked"),
-    "range ignored": works(2, cut(), Fault(ignores_range=True)),
+    "range ignored": works(2, cut(), IGNORES_RANGE),
+    "range ignored for ever": fails(5, "more expected", cut(ignores_range=True)),
     "other range": works(3, cut(), f"Content-Range: bytes 0-{N - 1}/{N}"),
     "no range": works(3, cut(), "Content-Range"),
-    "other total": works(None, cut(), f"Content-Range: bytes {{start}}-{N - 1}/{N + 9}"),
+    "other total": fails(6, "of", cut(), f"Content-Range: bytes {{start}}-{N - 1}/{N + 9}"),
     "fifty bytes": works(3, cut(), FIFTY_BYTES),
-    "no version for ever": fails(5, f"of {N}|{N // 2} more", NO_VERSION),
-    "other version": works(3, cut(), OTHER_VERSION),
 }
 
 
@@ -301,7 +298,7 @@ def test_faults_of_the_server(server, folder, naps, monkeypatch, case):
     check_completes(folder, server)
 
 
-FAULTS_OF_FILES = zip(SIZES, 2 * [404, cut(0), Fault(change=other_bytes), RESET], strict=False)
+FAULTS_OF_FILES = zip(SIZES, 3 * [404, cut(0), RESET], strict=False)
 
 
 @pytest.mark.parametrize(("name", "fault"), list(FAULTS_OF_FILES))
@@ -313,18 +310,11 @@ def test_faults_for_any_file(server, folder, name, fault):
 
 # Resuming
 
-THE_FILE = random_files()[DATA]
-OTHER_FILE = random.Random(1).randbytes(N + 999)
-THE_ETAG = f'"{hashlib.md5(THE_FILE).hexdigest()}"'
-
 
 @pytest.mark.parametrize("offset", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, N // 2, N - 1])
-@pytest.mark.parametrize(
-    ("then", "omitted", "version"),
-    [("close", "", THE_ETAG), ("reset", "", THE_ETAG), ("close", "ETag", DATE)],
-)
-def test_resumes_where_the_connection_was_cut(server, folder, offset, then, omitted, version):
-    server.misbehave(DATA, cut(offset, then, omitted), omitted)
+@pytest.mark.parametrize("then", ["close", "reset"])
+def test_resumes_where_the_connection_was_cut(server, folder, offset, then):
+    server.misbehave(DATA, cut(offset, then))
     download(folder)
     first, second = server.asked(DATA)
     assert (first.start, first.status, first.sent) == (None, 200, offset)
@@ -334,9 +324,6 @@ def test_resumes_where_the_connection_was_cut(server, folder, offset, then, omit
     start = second.start or 0
     assert start <= offset
     assert start + second.sent == N
-    if start:
-        assert second.status == 206
-        assert second.headers["If-Range"] == version
     check_complete(folder, server.files)
 
 
@@ -352,38 +339,30 @@ def test_an_interruption_loses_little(server, folder, monkeypatch):
     check_completes(folder, server)
 
 
+THE_FILE = random_files()[DATA]
+
+
 @pytest.mark.parametrize(
-    ("part", "version", "n_requests", "sent"),
+    ("part", "n_requests", "sent"),
     [
-        (THE_FILE, THE_ETAG, 1, 1),  # killed before the verification
-        (THE_FILE[: N // 2], THE_ETAG, 1, N - N // 2 + 1),
-        (THE_FILE + b"!", THE_ETAG, 2, N),
-        (b"whatever", None, 1, N),  # a power cut may leave such files
-        (b"whatever", "", 1, N),
-        (b"", THE_ETAG, 1, N),
-        (OTHER_FILE[: N // 2], '"other"', 1, N),
-        (OTHER_FILE, '"other"', 1, N),
+        (THE_FILE, 1, 1),  # killed before the verification
+        (THE_FILE[: N // 2], 1, N - N // 2 + 1),
+        (THE_FILE + b"!!", 2, N),
+        (b"", 1, N),
     ],
 )
-@pytest.mark.parametrize("ignores_if_range", [False, True])
-def test_leftovers(server, folder, part, version, n_requests, sent, ignores_if_range):
-    """Parts of two versions are never joined, even if the server ignores If-Range."""
+def test_leftovers(server, folder, part, n_requests, sent):
     folder.mkdir()
-    (folder / "hparams.json").write_bytes(server.files["hparams.json"])
-    (folder / "hparams.json.part.version").write_text("killed before this file is deleted")
     (folder / f"{DATA}.part").write_bytes(part)
-    if version is not None:
-        (folder / f"{DATA}.part.version").write_text(version)
-    server.misbehave(DATA, Fault(ignores_if_range=ignores_if_range), times=ALWAYS)
     download(folder)
     check_complete(folder, server.files)
     asked = server.asked(DATA)
-    assert len(asked) == n_requests + (ignores_if_range and version == '"other"')
+    assert len(asked) == n_requests
     assert asked[-1].sent == sent
 
 
 @pytest.mark.parametrize(
-    ("variable", "message"), [("GPT2_BASE_URL", "refused"), ("http_proxy", "the proxy: .*refused")]
+    ("variable", "message"), [("GPT2_BASE_URL", "refused"), ("http_proxy", "ProxyError: .*refused")]
 )
 def test_nobody_listens(server, folder, naps, monkeypatch, variable, message):
     for name in ("no_proxy", "http_proxy", "all_proxy"):
@@ -392,15 +371,15 @@ def test_nobody_listens(server, folder, naps, monkeypatch, variable, message):
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         monkeypatch.setenv(variable, f"http://127.0.0.1:{bound.getsockname()[1]}")
-        message = f"http://.*checkpoint: .*{message}.*{HINT}"
-        download_fails(folder, message, error_class=ConnectionError)
+        download_fails(folder, f"http://.*checkpoint: .*{message}", error_class=ConnectionError)
     assert len(naps) == 4
     assert server.requests == []
 
 
-def test_a_silent_server_takes_ten_seconds():
-    """A first request that is not answered in time is the last one, see FAULTS."""
-    assert utils.PATIENCE < utils.TIMEOUT[1] <= 10
+def test_a_dead_server_takes_ten_seconds():
+    """The sleeps of all retries, or a first request that is not answered in time."""
+    assert sum(utils.BACKOFF * 2**n for n in range(utils.RETRIES)) < 10
+    assert max(utils.PATIENCE, *utils.TIMEOUT) < 10
 
 
 # Redirects
@@ -448,39 +427,40 @@ def test_redirect_from_https_stays_https(server, folder, monkeypatch, scheme):
     ("value", "model_size"), [(None, "124M"), ("", "124M"), ("0", "124M"), (None, "1558M")]
 )
 def test_sha256_is_checked_by_default(server, folder, monkeypatch, model_size, value, capfd):
-    """All SHA-256 are known for 124M, for other sizes only those of the shared vocabulary."""
+    """All SHA-256 are known for 124M, for other sizes only those of the shared files."""
     known = {name: hashlib.sha256(body).hexdigest() for name, body in server.files.items()}
     monkeypatch.setattr(utils, "FILES", known)
     monkeypatch.delenv("GPT2_ALLOW_UNVERIFIED")
     if value is not None:
         monkeypatch.setenv("GPT2_ALLOW_UNVERIFIED", value)
-    checked = SIZES if model_size == "124M" else ("encoder.json", "vocab.bpe")
+    checked = SIZES if model_size == "124M" else ("checkpoint", "encoder.json", "vocab.bpe")
     for name, original in list(server.files.items()):
         server.files[name] = other_bytes(original)
         if name in checked:
-            download_fails(folder, f"{name}.*sha256", model_size)
+            download_fails(folder, f"{name}.*SHA-256", model_size)
             assert name in missing(folder)
             assert not list(folder.glob("*.part*"))
             server.files[name] = original
     download(folder, model_size)
     check_complete(folder, server.files)
-    assert capfd.readouterr() == ("", "")  # no progress bar without a terminal
+    lines = capfd.readouterr().err.splitlines()  # no progress bar without a terminal
+    assert set(lines) == {f"downloading {model_size} from {server.address}"}
 
 
-def test_published_sha256_of_the_vocabulary(server, folder, monkeypatch, real_vocabulary, capfd):
-    """GPT-2's vocabulary passes the check. Random files do not, unless the user allows them."""
+def test_published_sha256(server, folder, monkeypatch, real_vocabulary):
+    """The published files pass the check. Random files do not, unless the user allows them."""
     monkeypatch.delenv("GPT2_ALLOW_UNVERIFIED")
-    download_fails(folder, r"encoder\.json.*sha256")
-    random_vocabulary = server.files["vocab.bpe"]
+    download_fails(folder, r"checkpoint.*SHA-256")
+    server.files["checkpoint"] = (
+        b'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n'
+    )
     for name in ("encoder.json", "vocab.bpe"):
         server.files[name] = Path(*real_vocabulary, name).read_bytes()
     check_completes(folder, server)
-    assert capfd.readouterr().err == ""
     (folder / "vocab.bpe").unlink()
-    server.files["vocab.bpe"] = random_vocabulary
+    server.files["vocab.bpe"] = random_files()["vocab.bpe"]
     monkeypatch.setenv("GPT2_ALLOW_UNVERIFIED", "1")
     check_completes(folder, server)
-    assert re.fullmatch(r"warning: GPT2_ALLOW_UNVERIFIED .*\n", capfd.readouterr().err)
 
 
 def test_progress_bars_end_at_100_percent(server, folder, monkeypatch):
@@ -519,7 +499,6 @@ def test_a_file_in_place_of_the_folder(server, folder):
     download_fails(folder, "355M")
     download_fails(folder / "below", "355M")
     assert folder.read_text() == "a file"
-    assert server.sent == 0
 
 
 def test_a_folder_that_cannot_be_written(server, folder):
@@ -542,32 +521,6 @@ def test_a_folder_that_cannot_be_locked(server, folder, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", flock)
     check_completes(folder, server)
-
-
-@pytest.mark.parametrize("function", [(os, "open"), (fcntl, "flock")])
-@pytest.mark.parametrize("times", [2, 3])
-def test_a_folder_that_another_process_removes(server, tmp_path, monkeypatch, function, times):
-    """A process whose download failed removes the folders between two steps of this one."""
-    folder = tmp_path / "models" / "355M"
-    original = getattr(*function)
-    n_removed = 0
-
-    def remove_before(*args, **how):
-        nonlocal n_removed
-        if n_removed < times and folder.is_dir():
-            n_removed += 1
-            folder.rmdir()
-            folder.parent.rmdir()
-        return original(*args, **how)
-
-    monkeypatch.setattr(utils, "LOCK_ATTEMPTS", 3)
-    monkeypatch.setattr(*function, remove_before)
-    if times == 3:
-        download_fails(folder, "No such file or directory: .*355M")
-    else:
-        download(folder)
-        check_complete(folder, server.files)
-    assert n_removed == times
 
 
 # Processes
@@ -594,28 +547,25 @@ def test_killed(server, folder, nth):
     check_completes(folder, server)
 
 
-@pytest.mark.parametrize(("n_processes", "n_fail"), [(3, 1), slow(8, 0)])
-def test_processes_wait_for_each_other(server, folder, n_processes, n_fail, tmp_path):
-    """The server holds its answer back until all processes but one wait for the lock.
-
-    If that one fails and removes the folder, the next one downloads.
-    """
-    if n_fail:
-        server.misbehave("checkpoint", 404)
-    server.gate.clear()
-    logs = [tmp_path / f"{i}.log" for i in range(n_processes)]
+def start_processes(n, folder, tmp_path):
+    """Start downloads of the same files -> (processes, their logs)."""
+    logs = [tmp_path / f"{i}.log" for i in range(n)]
     processes = []
-    try:
-        for log in logs:
-            with log.open("w") as file:
-                processes.append(subprocess.Popen([*DOWNLOAD, str(folder)], cwd=ROOT, stderr=file))
-        deadline = time.monotonic() + 200
-        while sum("waiting" in log.read_text() for log in logs) < n_processes - 1:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        server.gate.set()
-        exit_codes = sorted(process.wait() for process in processes)
-    assert exit_codes == [0] * (n_processes - n_fail) + [1] * n_fail
-    assert [request.name for request in server.requests] == ["checkpoint"] * n_fail + list(SIZES)
+    for log in logs:
+        with log.open("w") as file:
+            processes.append(subprocess.Popen([*DOWNLOAD, str(folder)], cwd=ROOT, stderr=file))
+    return processes, logs
+
+
+@pytest.mark.parametrize("n", [3, slow(8)])
+@pytest.mark.parametrize("is_right", [True, False])
+def test_processes_wait_for_each_other(server, folder, tmp_path, n, is_right):
+    """All but one wait for the lock of the large file, and then find the file or its rest."""
+    if not is_right:  # the first one to get the lock is cut off
+        server.misbehave(DATA, *[cut(N // 2)] * n)
+    server.gate.clear()
+    processes, logs = start_processes(n, folder, tmp_path)
+    server.gate.set()
+    statuses = [process.wait(300) for process in processes]
+    assert statuses == [0] * n, [log.read_text() for log in logs]
     check_complete(folder, server.files)

@@ -38,7 +38,7 @@ if not importlib.util.find_spec("tensorflow"):
 
 DATA = "model.ckpt.data-00000-of-00001"
 INDEX = "model.ckpt.index"
-RECORD = "model.ckpt.verified.json"
+MARK = "model.ckpt.verified"
 SMALL_VARIABLES = random_variables(SMALL_HPARAMS)
 OTHER_VARIABLES = random_variables(SMALL_HPARAMS, seed=1)
 N_FLIPS = int(os.environ.get("NPGPT_FLIPS", 12))
@@ -88,7 +88,7 @@ def test_first_load_and_mapped_load(model_dir, monkeypatch):
     assert hparams == SMALL_HPARAMS
     assert encoder.decode(encoder.encode("the thing")) == "the thing"
     check_params(params)
-    assert (model_dir / RECORD).stat().st_size < 4000
+    assert (model_dir / MARK).read_bytes() == b""
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     params = load(model_dir)[2]
     check_params(params)
@@ -128,7 +128,7 @@ def test_a_fine_tuned_model_with_other_variables(tmp_path):
         params = load(model_dir)[2]
         check_params(params)
         assert all(array.flags.aligned for array in flat(params).values())
-        assert not list(model_dir.glob("*.verified.json"))
+        assert not list(model_dir.glob("*.verified"))
 
 
 def save_in_shards(prefix, variables):
@@ -155,9 +155,8 @@ def test_a_checkpoint_saved_again_in_several_data_files(model_dir):
     for _ in range(2):
         check_params(load(model_dir)[2], OTHER_VARIABLES)
     (model_dir / "model.ckpt.data-00001-of-00002").unlink()
-    with pytest.raises(FileNotFoundError, match="data-00001-of-00002") as error:
+    with pytest.raises(ValueError, match="data-00001-of-00002.* No such file"):
         load(model_dir)
-    assert "delete" not in str(error.value)
 
 
 # Names and places
@@ -169,9 +168,7 @@ def test_a_checkpoint_saved_again_in_several_data_files(model_dir):
         ("model.ckpt", '"/home/someone/run1/model.ckpt"'),
         ("model.ckpt", r'"C:\\run\\model.ckpt"'),
         ("m[1] b", "'m[1] b'"),
-        ("it's", r"'it\'s'"),
-        ('say "hi"', r'"say \"hi\""'),
-        ("back\\slash", r'"back\\slash"'),
+        ("it's", '"it\'s"'),
     ],
 )
 def test_the_file_checkpoint_names_the_files(model_dir, name, quoted):
@@ -181,27 +178,23 @@ def test_the_file_checkpoint_names_the_files(model_dir, name, quoted):
     check_params(load(model_dir)[2])
 
 
-@pytest.mark.parametrize(
-    "folder", ["models [1]", "run*[2]?", "back\\slash", os.fsdecode(b"not utf-8 \xff")]
-)
+@pytest.mark.parametrize("folder", ["models [1]", "run*[2]?", "é 中"])
 def test_unusual_names_of_folders(small_model, tmp_path, folder):
-    name = folder.replace("\\", "")  # names of models have none
-    check_params(load(copy_model(small_model, tmp_path / folder / name))[2])
-
-
-PATHS = ("", "..", "a/b/c", "a/..", "a\\b", "/tmp", "C:", "a\0b")
-ALL_MODELS = "models there: small; published: 124M, 355M, 774M, 1558M; bundled: tiny"
+    check_params(load(copy_model(small_model, tmp_path / folder / folder))[2])
 
 
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        *((path, "folder in") for path in PATHS),
-        ("nope", f"/nope; {ALL_MODELS}$"),
-        ("GPT2-XL", "did you mean 1558M, or openai-community/gpt2-xl"),
-        ("124m", "did you mean 124M, or openai-community/gpt2 "),
-        ("1.5B", "did you mean 1558M, or openai-community/gpt2-xl"),
-        ("345M", "did you mean 355M, or openai-community/gpt2-medium"),
+        (
+            "nope",
+            "/nope, .* holds small; published models are 124M, 355M, 774M, 1558M, and .* tiny",
+        ),
+        ("", "holds small; "),
+        ("GPT2-XL", "did you mean 1558M[?]"),
+        ("gpt2", "did you mean 124M[?]"),
+        ("a/b/c", "/a/b/c, .* holds nothing"),
+        ("a\0b", "there is no model"),
     ],
 )
 def test_unknown_names_raise(small_model, name, match):
@@ -209,15 +202,19 @@ def test_unknown_names_raise(small_model, name, match):
         load_encoder_hparams_and_params(name, str(small_model.parent))
 
 
-def test_a_published_name_requires_the_published_hparams(model_dir, monkeypatch):
-    published = model_dir.rename(model_dir.with_name("124M"))
-    message = r"hparams\.json does not have the values of the published 124M"
-    with pytest.raises(ValueError, match=message):
-        load(published)
-    monkeypatch.setenv("GPT2_ALLOW_UNVERIFIED", "1")
-    check_params(load(published)[2])
+def test_paths_of_folders(small_model, monkeypatch):
+    """A name with a separator may be a path. A folder in models_dir comes first."""
+    monkeypatch.chdir(small_model.parent.parent)
+    monkeypatch.setenv("HOME", str(small_model.parent))
+    path = f"{small_model.parent.name}/small"
+    for name in (str(small_model), path, f"./{path}/", "~/small"):
+        assert load_encoder_hparams_and_params(name, "models")[1] == SMALL_HPARAMS
+    monkeypatch.chdir(small_model.parent)
+    with pytest.raises(ValueError, match="there is no model in .*/models/small"):
+        load_encoder_hparams_and_params("small", "models")
 
 
+WIDTHS = {"124M": (768, 12), "355M": (1024, 24), "774M": (1280, 36), "1558M": (1600, 48)}
 PUBLISHED_BYTES = {
     "124M": 497_759_232,
     "355M": 1_419_292_672,
@@ -226,19 +223,19 @@ PUBLISHED_BYTES = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED_BYTES)
-def test_the_published_sizes_are_those_of_the_published_files(name):
-    """Four bytes per parameter. All heads are 64 numbers wide."""
-    sizes = utils.MODEL_SIZES[name]
-    shapes = [shape for _, shape in utils.variable_shapes(sizes._asdict())]
+@pytest.mark.parametrize("name", WIDTHS)
+def test_shapes_have_the_sizes_of_the_published_files(name):
+    n_embd, n_layer = WIDTHS[name]
+    hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": n_embd, "n_layer": n_layer}
+    shapes = [shape for _, shape in utils.variable_shapes(hparams)]
     assert 4 * sum(map(math.prod, shapes)) == PUBLISHED_BYTES[name]
-    assert sizes.n_embd == 64 * sizes.n_head
+    assert list(utils.MODEL_SIZES) == list(WIDTHS)
 
 
 def test_tiny_is_found_from_everywhere(tmp_path, small_model):
     elsewhere = tmp_path / "elsewhere"
     assert load(elsewhere / "tiny")[1]["n_vocab"] == 1024
-    with pytest.raises(ValueError, match=rf"{elsewhere}/nope; models there: none; .*124M"):
+    with pytest.raises(ValueError, match=rf"{elsewhere}/nope, .* holds nothing; .*124M"):
         load(elsewhere / "nope")
     assert not elsewhere.exists()
     assert load(copy_model(small_model, elsewhere / "tiny"))[1] == SMALL_HPARAMS
@@ -248,50 +245,35 @@ def test_tiny_is_found_from_everywhere(tmp_path, small_model):
 def test_a_size_that_cannot_be_verified_is_not_downloaded(tmp_path, monkeypatch, size):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     monkeypatch.setenv("GPT2_BASE_URL", "http://127.0.0.1:9")  # nobody answers there
-    with pytest.raises(ImportError, match=f"^.*verify {size} .*openai-community/gpt2-.*$"):
+    with pytest.raises(ImportError, match=f"^.*verify .* {size}.*openai-community/gpt2-.*$"):
         load(tmp_path / size)
     assert not (tmp_path / size).exists()
 
 
-def test_two_models_in_one_folder(model_dir, capsys):
-    """TensorFlow's is loaded if it is complete, with one line that says so."""
-    for name in ("config.json", "vocab.json", "merges.txt"):
-        shutil.copy(DATA_DIR / "hugging_face" / "whole" / name, model_dir)
+def test_two_models_in_one_folder(model_dir):
+    """The file `checkpoint` decides."""
+    for path in (DATA_DIR / "hugging_face" / "whole").iterdir():
+        shutil.copy(path, model_dir)
     assert load(model_dir)[1] == SMALL_HPARAMS
-    assert capsys.readouterr().err == ""
-    shutil.copy(DATA_DIR / "hugging_face" / "whole" / "model.safetensors", model_dir)
-    assert load(model_dir)[1] == SMALL_HPARAMS
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "TensorFlow" in line
-    assert "model.safetensors" in line
-    (model_dir / INDEX).unlink()
-    (model_dir / "encoder.json").unlink()
+    (model_dir / "checkpoint").unlink()
     assert load(model_dir)[1]["n_vocab"] == 280
-    assert capsys.readouterr().err == ""
 
 
 # Missing and damaged files
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "match"),
-    [
-        ("adapter_config.json", "{}", "LoRA adapter.*merge"),
-        ("README.md", "", "neither a checkpoint nor a config.json"),
-        ("model-1000.index", "", 'model-1000.index, but no .* "model-1000"'),
-    ],
-)
-def test_folders_without_a_model_say_what_they_hold(tmp_path, name, content, match):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / name).write_text(content)
-    with pytest.raises(FileNotFoundError, match=match):
-        load(tmp_path / "model")
+def test_folders_without_a_model_say_what_they_hold(tmp_path):
+    for name in ("adapter_config.json", "model-1000.index"):
+        (tmp_path / name).write_text("{}")
+    message = "neither .* checkpoint nor .* config.json; .* holds adapter_config.json, model-1000"
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["hparams.json", "encoder.json", "vocab.bpe", DATA, INDEX])
 def test_missing_files_and_git_lfs_pointers_are_named(model_dir, name):
     (model_dir / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
-    with pytest.raises(ValueError, match=rf"{name}.*Git LFS pointer.*git lfs pull"):
+    with pytest.raises(ValueError, match=rf"{name}.* is (a Git LFS pointer.*git lfs pull|damaged)"):
         load(model_dir)
     (model_dir / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
@@ -326,30 +308,30 @@ FAULTS = {
     "variable missing": (variables({W: None}), f"model.ckpt: {W} is missing"),
     "variable of another shape": (
         variables({W: SMALL_VARIABLES[W][0, :, 1:], "more": SMALL_VARIABLES[W]}),
-        r"c_fc/w has shape \[12, 47\], expected shape \[1, 12, 48\] from the model's sizes",
+        r"c_fc/w has shape \[12, 47\], expected \[1, 12, 48\] from the model's sizes",
     ),
     "layers ignored": (hparams(n_layer=1), "has more layers than n_layer, which is 1"),
-    "a million layers": (hparams(n_layer=10**6), "h2/ln_1/g is missing, expected shape .12. from"),
+    "a million layers": (hparams(n_layer=10**6), "h2/ln_1/g is missing"),
     "more than a million": (hparams(n_vocab=10**6 + 1), "n_vocab must be .* got 1000001"),
     "n_ctx of another shape": (hparams(n_ctx=31), r"wpe has shape \[32, 12\], expected .*\[31, 12"),
     "zero": (hparams(n_head=0), "n_head must be a whole number from 1 to 1000000, got 0"),
     "a float": (hparams(n_embd=12.0), "n_embd must be .* got 12.0"),
     "a bool": (hparams(n_layer=True), "n_layer must be .* got True"),
-    "no multiple": (hparams(n_head=5), "n_embd 12 is not a multiple of n_head 5"),
-    "hparams missing": (file("hparams.json", b'{"n_vocab": 269}'), "hparams.json has no n_ctx"),
+    "no multiple": (hparams(n_head=5), "n_embd is not a multiple of n_head"),
+    "hparams missing": (file("hparams.json", b'{"n_vocab": 269}'), "n_ctx must be .* got None"),
     "hparams a list": (file("hparams.json", b"[1, 2]"), "hparams.json"),
     "hparams endlessly nested": (file("hparams.json", b"[" * 100_000), "hparams.json"),
     "checkpoint empty": (file("checkpoint", b""), "checkpoint does not name a checkpoint"),
     "index empty": (file(INDEX, b""), "model.ckpt.index is damaged"),
     "index of something else": (file(INDEX, b"x" * 500), "model.ckpt.index is damaged"),
-    "index of another size": (of_another_size(INDEX), r"\[269, 24\], expected shape \[269, 12\]"),
+    "index of another size": (of_another_size(INDEX), r"\[269, 24\], expected \[269, 12\]"),
     "data of another size": (of_another_size(DATA), "model.ckpt.data.* is damaged"),
     "both of another size": (of_another_size(INDEX, DATA), r"\[269, 24\], expected .*\[269, 12"),
     "data of something else": (file(DATA, b"x" * 500), f"{DATA} is damaged"),
     "other merges": (file("vocab.bpe", b"#version: 0.2\na b\nab c\n"), r"vocab\.bpe does not fit"),
     "more tokens": (
         lambda model_dir: write_vocabulary(model_dir, [*SMALL_MERGES, "t o"]),
-        "the vocabulary has 270 tokens, but n_vocab is 269",
+        "n_vocab is 269, but the vocabulary has 270 tokens",
     ),
 }
 
@@ -357,7 +339,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_one_line_that_names_the_file(model_dir, fault):
     damage, message = FAULTS[fault]
-    load(model_dir)  # the record of this load must not count
+    load(model_dir)  # the mark of this load must not count
     damage(model_dir)
     with pytest.raises(ValueError, match=message) as error:
         load(model_dir)
@@ -373,7 +355,6 @@ def test_faults_are_one_line_that_names_the_file(model_dir, fault):
         ("encoder.json", FEW, {0}),
         ("vocab.bpe", FEW, FEW),
         ("checkpoint", range(N_FLIPS // 4, N_FLIPS), range(1, N_FLIPS)),  # one line counts
-        (RECORD, {N_FLIPS}, {N_FLIPS}),  # a damaged record is ignored
     ],
 )
 def test_damaged_files_never_give_wrong_parameters(model_dir, name, flips_right, cuts_right):
@@ -383,7 +364,7 @@ def test_damaged_files_never_give_wrong_parameters(model_dir, name, flips_right,
 
     def is_right_with(content, i):
         if i % 2:
-            (model_dir / RECORD).unlink(missing_ok=True)
+            (model_dir / MARK).unlink(missing_ok=True)
         (model_dir / name).write_bytes(content)
         return is_right(model_dir)
 
@@ -399,7 +380,7 @@ def test_damaged_files_never_give_wrong_parameters(model_dir, name, flips_right,
     assert is_right_with(intact, 0)
 
 
-# The record
+# The mark
 
 
 def replaced_with_the_same_mtime(path):
@@ -438,8 +419,8 @@ def test_a_model_replaced_by_another(model_dir, tmp_path):
     check_params(load(model_dir)[2], OTHER_VARIABLES)
 
 
-def test_a_record_that_cannot_be_written(model_dir):
-    (model_dir / RECORD).mkdir()
+def test_a_mark_that_cannot_be_written(model_dir):
+    (model_dir / MARK).mkdir()
     for _ in range(2):
         check_params(load(model_dir)[2])
 
@@ -499,11 +480,11 @@ def test_tensorflow_is_silent_and_code_in_files_is_never_executed(model_dir, tmp
         execute(attack).close()
         marker.unlink()  # it must exist: the attack works
     expected = []
-    for name in (*FILES, RECORD, "pytorch_model.bin"):
+    for name in (*FILES, MARK, "pytorch_model.bin"):
         for attack in attacks:
             model = f"model{len(expected)}"
             (copy_model(model_dir, tmp_path / model) / name).write_bytes(attack)
-            is_ignored = name in ("model.ckpt.meta", RECORD, "pytorch_model.bin")
+            is_ignored = name in ("model.ckpt.meta", MARK, "pytorch_model.bin")
             expected.append(("loaded " if is_ignored else "refused ") + model)
     models = [line.split()[1] for line in expected]
     first = python(FIRST_LOADS, tmp_path, model_dir.name, stderr, *models)
