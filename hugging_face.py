@@ -1,4 +1,4 @@
-"""Models in the layout of Hugging Face's transformers -> (encoder, hparams, params).
+"""Models in the layout of Hugging Face's transformers, in a folder or on the Hub.
 
 A folder holds config.json, the weights in *.safetensors, and a vocabulary: tokenizer.json, or
 vocab.json and merges.txt. Every setting in its files is interpreted as transformers 5 does, or
@@ -8,46 +8,114 @@ weights are memory-mapped, not copied. The format: https://huggingface.co/docs/s
 
 import json
 import math
-import mmap
-import os
 import re
-from typing import Any
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import regex
 
-import utils
-from encoder import END_OF_TEXT, Encoder, check_vocabulary, read_json, read_merges
+from encoder import (
+    END_OF_TEXT,
+    Encoder,
+    Merges,
+    Vocabulary,
+    check_vocabulary,
+    read_json,
+    read_merges,
+    valid_text,
+)
+from fast import in_blocks
 
 Json = dict[str, Any]  # an object in a JSON file
 
-SIZES = ["vocab_size", "n_positions", "n_embd", "n_head", "n_layer"]  # utils.HPARAMS in this layout
-DEFAULTS = {  # of transformers' GPT2Config
-    "model_type": "gpt2",
-    "vocab_size": 50257,
-    "n_positions": 1024,
-    "n_embd": 768,
-    "n_head": 12,
-    "n_layer": 12,
-    "n_inner": None,
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
+DTYPES = {
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",  # the upper half of a float32
 }
-DEFAULT_END = 50256  # GPT2Config's bos_token_id and eos_token_id
-ALIASES = {  # GPT2Config.attribute_map: an alias takes precedence over its name
-    "hidden_size": "n_embd",
-    "max_position_embeddings": "n_positions",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
+MASKS = (".attn.bias", ".attn.masked_bias")  # stored by old versions; not parameters
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SMALL_FILES = (  # of a model on the Hub, without its weights
+    r"(generation_|tokenizer_)?config\.json|tokenizer\.json|special_tokens_map\.json|"
+    r"added_tokens\.json|vocab\.json|merges\.txt|model\.safetensors\.index\.json"
+)
+CONVERT = (
+    "save the model (merged, if it is an adapter) with transformers: "
+    "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+)
+
+
+# Activations that GPT-2 does not have
+
+
+@in_blocks
+def exact_gelu(x: np.ndarray) -> np.ndarray:
+    """x times the standard normal distribution function of x (Hendrycks & Gimpel, 2016)."""
+    return 0.5 * x * (1 + erf(x / math.sqrt(2)))
+
+
+def erf(x: np.ndarray) -> np.ndarray:
+    """The error function, to 1.5e-7: formula 7.1.26 of Abramowitz & Stegun (1964)."""
+    t = 1 / (1 + 0.3275911 * np.abs(x))
+    series = 0.254829592 + t * (
+        -0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))
+    )
+    return np.sign(x) * (1 - t * series * np.exp(-x * x))
+
+
+@in_blocks
+def relu(x: np.ndarray) -> np.ndarray:
+    """Rectified linear unit."""
+    return np.maximum(x, 0)
+
+
+@in_blocks
+def silu(x: np.ndarray) -> np.ndarray:
+    """x * sigmoid(x), with the sigmoid as a tanh, which cannot overflow."""
+    return 0.5 * x * (1 + np.tanh(0.5 * x))
+
+
+ACTIVATIONS: dict[str | None, Callable | None] = {  # None is GPT-2's own
+    None: None,
+    "gelu_new": None,
+    "gelu_pytorch_tanh": None,
+    "gelu": exact_gelu,
+    "relu": relu,
+    "silu": silu,
+    "swish": silu,
 }
-VOCABULARY_SETTINGS: dict[str, list] = {  # of tokenizer_config.json without a tokenizer.json
-    "tokenizer_class": [None, "GPT2Tokenizer", "GPT2TokenizerFast"],
-    "add_eos_token": [None, False],
+
+
+# The settings. An absent one is None.
+
+EPS = 1e-5  # of GPT-2
+SIZES = {  # GPT-2's, and the names in config.json: the first one that is there counts
+    "n_vocab": (50257, "vocab_size"),
+    "n_ctx": (1024, "max_position_embeddings", "n_positions", "n_ctx"),
+    "n_embd": (768, "hidden_size", "n_embd"),
+    "n_head": (12, "num_attention_heads", "n_head"),
+    "n_layer": (12, "num_hidden_layers", "n_layer"),
 }
-TOKENIZER_SETTINGS: dict[str, list] = {  # of tokenizer.json. None means that a setting is absent
+REBUILT = [None, "GPT2Tokenizer", "GPT2TokenizerFast"]  # classes that ignore most of tokenizer.json
+CLASSES = [*REBUILT, "PreTrainedTokenizerFast", "TokenizersBackend"]
+DTYPE_NAMES = [None, "float32", "float16", "bfloat16"]
+CONFIG_SETTINGS = {  # each with the values that are supported
+    "model_type": [None, "gpt2"],
+    "activation_function": list(ACTIVATIONS),
+    "scale_attn_weights": [True, False],
+    "scale_attn_by_inverse_layer_idx": [None, True, False],
+    "add_cross_attention": [None, False],
+    "tie_word_embeddings": [None, True],
+    "quantization_config": [None],
+    "torch_dtype": DTYPE_NAMES,
+    "dtype": DTYPE_NAMES,
+    "tokenizer_class": CLASSES,
+}
+TOKENIZER_SETTINGS = {  # of tokenizer.json
     "normalizer": [None],
     "pre_tokenizer.type": ["ByteLevel"],
     "pre_tokenizer.use_regex": [None, True],
@@ -55,408 +123,434 @@ TOKENIZER_SETTINGS: dict[str, list] = {  # of tokenizer.json. None means that a 
     "model.dropout": [None, 0.0],
     "model.continuing_subword_prefix": [None, ""],
     "model.end_of_word_suffix": [None, ""],
+    "post_processor.type": [None, "ByteLevel", "TemplateProcessing"],
+    "decoder.type": ["ByteLevel"],
 }
-DTYPES: dict[str, np.dtype] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),  # the upper half of a float32
+GPT2_TOKENIZER = dict.fromkeys(["bos_token", "eos_token", "unk_token"], END_OF_TEXT)  # by default
+DEFAULT_ID = 50256  # GPT2Config's bos_token_id and eos_token_id
+VOCABULARY_SETTINGS = {  # of tokenizer_config.json without a tokenizer.json
+    "tokenizer_class": REBUILT,
+    "add_bos_token": [None, False],
+    "add_eos_token": [None, False],
 }
-MASKS = (".attn.bias", ".attn.masked_bias")  # stored by old versions; not parameters
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
-MAX_PADDING = 127  # a larger difference between rows and tokens looks like a mistake
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CONVERT = (
-    "convert *.bin with transformers: AutoModelForCausalLM.from_pretrained(FOLDER)"
-    ".save_pretrained(FOLDER)"
-)
 
 
-def load_hugging_face(model_dir: str) -> tuple[Encoder, dict, dict]:
-    """Load the model in the folder model_dir -> (encoder, hparams, params).
+def check_settings(content: Json, settings: dict[str, list], path: Path) -> None:
+    """Raise ValueError, naming the setting, unless each one has a value that is supported."""
+    for setting, values in settings.items():
+        value: Any = content
+        for key in setting.split("."):
+            value = (value or {}).get(key)
+        if value not in values:
+            raise ValueError(f"{path}: {setting} {value!r} is not supported, only {values}")
 
-    Rows of wte after the last token are cut off. If a model differs from GPT-2 in its activation
-    function, the scale of attention or the epsilon of layer_norm, params holds these beside the
-    arrays, under the keyword names of the functions that take them.
+
+def read_optional(path: Path) -> Json:
+    """Read a JSON file. Return {} if there is none."""
+    return read_json(path) if path.is_file() else {}
+
+
+class Folder(NamedTuple):
+    """A model, as its folder describes it.
+
+    hparams: n_vocab, n_ctx, n_embd, n_head and n_layer.
+    n_inner: the width of the hidden layer of mlp, or None for 4 * n_embd.
+    variables: {name as in OpenAI's checkpoints: float32 array}, not checked against hparams.
+    ffn, layer_norm: the arguments of these functions that differ from GPT-2's.
+    """
+
+    encoder: Encoder
+    hparams: dict[str, int]
+    n_inner: int | None
+    variables: dict[str, np.ndarray]
+    ffn: dict[str, Callable]
+    layer_norm: dict[str, float]
+
+
+def read_folder(model_dir: str) -> Folder:
+    """Read the model in the folder model_dir.
 
     Raises ValueError for a model that is not supported and for damaged files, FileNotFoundError for
-    a missing file.
+    a missing file. The shapes of the variables are left to the caller.
     """
-    config = read_config(os.path.join(model_dir, "config.json"))
-    hparams = {name: config[key] for name, key in zip(utils.HPARAMS, SIZES, strict=True)}
-    params = utils.nest(read_variables(model_dir, config, hparams), hparams)
-    set_variants(params, config)
-    encoder = read_encoder(model_dir)
-    n_rows = hparams["n_vocab"]
-    n_tokens = len(encoder.decoder)
-    if abs(n_rows - n_tokens) > MAX_PADDING:
-        problem = f"wte has {n_rows} rows, but the vocabulary has {n_tokens} tokens"
-        utils.note(f"warning: {model_dir}: {problem}")
-    params["wte"] = params["wte"][:n_tokens]
-    hparams["n_vocab"] = len(params["wte"])
-    return encoder, hparams, params
-
-
-def unsupported(path: str, setting: str, value: object, values: list) -> ValueError:
-    supported = " or ".join(map(repr, values))
-    return ValueError(f"{path}: {setting} {value!r} is not supported, only {supported}")
-
-
-# The configuration
-
-
-def read_config(path: str) -> Json:
-    """Read and check config.json. Absent keys get their defaults, and aliases their real names."""
-    content = read_json(path)
-    n_positions = content.get("n_ctx", DEFAULTS["n_positions"])  # old files have only n_ctx
-    config = DEFAULTS | {"n_positions": n_positions} | content
-    for alias, key in ALIASES.items():
-        if alias in content:
-            config[key] = content[alias]
-    check_config(config, path)
-    return config
-
-
-def check_config(config: Json, path: str) -> None:
-    """Raise ValueError, naming the setting, for a model that gpt2.py cannot run."""
-    from gpt2 import ACTIVATIONS
-
-    supported: dict[str, list] = {
-        "model_type": ["gpt2"],
-        "activation_function": list(ACTIVATIONS),
-        "scale_attn_weights": [True, False],
-        "scale_attn_by_inverse_layer_idx": [True, False],
-        "add_cross_attention": [False],
-        "tie_word_embeddings": [True],
-    }
-    for key, values in supported.items():
-        value = config[key]
-        if type(value) is not type(values[0]) or value not in values:
-            raise unsupported(path, key, value, values)
+    folder = Path(model_dir)
+    config = read_config(folder)
+    activation = ACTIVATIONS[config.get("activation_function")]
     eps = config["layer_norm_epsilon"]
-    if type(eps) is not float or not 0 <= eps < math.inf:
-        raise ValueError(f"{path}: layer_norm_epsilon must be a float, 0 or more, got {eps!r}")
-    utils.check_sizes({key: config[key] for key in SIZES}, path)
-    if config["n_inner"] is not None:
-        utils.check_size("n_inner", config["n_inner"], path)
+    return Folder(
+        encoder=read_encoder(folder, config),
+        hparams={name: config[name] for name in SIZES},
+        n_inner=config.get("n_inner"),
+        variables=read_variables(folder, config),
+        ffn={"activation": activation} if activation else {},
+        layer_norm={"eps": eps} if eps != EPS else {},
+    )
 
 
-def set_variants(params: Json, config: Json) -> None:
-    """Add to params the arguments of gpt2.py's functions that differ from GPT-2's."""
-    from gpt2 import ACTIVATIONS
-
-    mlp: Json = {}
-    activation = ACTIVATIONS[config["activation_function"]]
-    if activation is not ACTIVATIONS["gelu_new"]:
-        mlp["activation"] = activation
-    norm: Json = {}
-    if config["layer_norm_epsilon"] != DEFAULTS["layer_norm_epsilon"]:
-        norm["eps"] = config["layer_norm_epsilon"]
-    scale = 1.0
-    if config["scale_attn_weights"]:
-        scale = (config["n_embd"] // config["n_head"]) ** -0.5
-    params["ln_f"] |= norm
-    for layer, block in enumerate(params["blocks"]):
-        block["ln_1"] |= norm
-        block["ln_2"] |= norm
-        block["mlp"] |= mlp
-        if config["scale_attn_by_inverse_layer_idx"]:
-            block["attn"]["scale"] = scale / (layer + 1)
-        elif not config["scale_attn_weights"]:
-            block["attn"]["scale"] = scale
+def read_config(folder: Path) -> Json:
+    """Read and check config.json. The sizes get the names of hparams."""
+    path = folder / "config.json"
+    config = {"layer_norm_epsilon": EPS, "scale_attn_weights": True} | read_json(path)
+    check_settings(config, CONFIG_SETTINGS, path)
+    eps = config["layer_norm_epsilon"]
+    if type(eps) is not float:
+        raise ValueError(f"{path}: layer_norm_epsilon must be a float, got {eps!r}")
+    sizes = {}
+    for name, (default, *keys) in SIZES.items():
+        size = next((config[key] for key in keys if key in config), default)
+        if type(size) is not int or size < 1:
+            rule = "must be a whole number, 1 or more"
+            raise ValueError(f"{path}: {' or '.join(keys)} {rule}, got {size!r}")
+        sizes[name] = size
+    return config | sizes
 
 
 # The weights
 
 
-def read_variables(model_dir: str, config: Json, hparams: Json) -> dict[str, np.ndarray]:
-    """Read GPT-2's variables -> {our name: float32 array}."""
-    tensors: dict[str, np.ndarray] = {}
-    for path in weight_files(model_dir):
-        for name, array in read_safetensors(path).items():
-            name = name.removeprefix("transformer.")  # only some files have it
-            if name in tensors:
-                raise ValueError(f"{path}: the tensor {name} occurs twice in {model_dir}")
-            tensors[name] = array
-    if "lm_head.weight" in tensors:
-        head = tensors["lm_head.weight"]
-        wte = tensors.setdefault("wte.weight", head)  # a file may hold only one of the two
-        if not utils.is_equal_by_bits(head, wte):
-            problem = "lm_head.weight differs from wte.weight, which is not supported"
-            raise ValueError(f"{model_dir}: {problem}")
-    n_layer = hparams["n_layer"]
-    if any(name.startswith(f"h.{n_layer}.") for name in tensors):
-        raise ValueError(f"{model_dir} has more layers than n_layer, which is {n_layer}")
+def read_variables(folder: Path, config: Json) -> dict[str, np.ndarray]:
+    """Read all tensors -> {our name: float32 array}.
+
+    Attention divides by the square root of d_head. If a model does not, or divides by the number
+    of the layer as well, this is folded into the columns of c_attn that make q.
+    """
     variables = {}
-    for our_name, shape in utils.variable_shapes(hparams, config["n_inner"]):
-        name = their_name(our_name)
-        found = tensors[name].shape if name in tensors else None
-        utils.check_shape(model_dir, name, found, shape[-2:])
-        variables[our_name] = tensors[name]
+    for path in weight_files(folder):
+        for name, array in read_safetensors(path).items():
+            name = our_name(name)
+            scale = 1.0
+            if "/attn/c_attn/" in name:
+                if not config["scale_attn_weights"]:
+                    scale = math.sqrt(config["n_embd"] / config["n_head"])
+                if config.get("scale_attn_by_inverse_layer_idx"):
+                    scale /= 1 + int(re.sub(r"\D", "", name))
+            if scale != 1:
+                array = np.atleast_1d(array).copy()
+                array[..., : config["n_embd"]] *= scale
+            variables[name] = array
+    head = variables.pop("model/lm_head/w", None)
+    if head is not None:
+        wte = variables.setdefault("model/wte", head)  # a file may hold only one of the two
+        if not np.array_equal(head, wte, equal_nan=True):
+            problem = "lm_head.weight differs from wte.weight, which is not supported"
+            raise ValueError(f"{path}: {problem}")
     return variables
 
 
-def weight_files(model_dir: str) -> list[str]:
+def weight_files(folder: Path) -> list[Path]:
     """Return the paths of the files that hold the weights, as transformers chooses them.
 
     A pickle (*.bin) is never opened: it can run code.
     """
-    names = [WEIGHTS]
-    if not os.path.isfile(os.path.join(model_dir, WEIGHTS)):
-        index = read_optional(model_dir, INDEX).get("weight_map")
-        if not isinstance(index, dict):
-            raise FileNotFoundError(f"{model_dir} has no {WEIGHTS} or valid {INDEX}; {CONVERT}")
-        names = sorted({str(name) for name in index.values()})
-    return [os.path.join(model_dir, name) for name in names]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = read_optional(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict):
+        found = ", ".join(sorted(path.name for path in folder.iterdir()))
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS}, only {found}; {CONVERT}")
+    return [folder / name for name in sorted(set(map(str, index.values())))]
 
 
-def their_name(name: str) -> str:
-    """model/h0/attn/c_attn/w -> h.0.attn.c_attn.weight."""
-    name = name.removeprefix("model/")
-    name = re.sub(r"^h(\d+)/", r"h.\1.", name)
-    name = name.replace("/", ".")
-    if name.endswith(".b"):
-        return name.removesuffix("b") + "bias"
-    return re.sub(r"\.[wg]$", "", name) + ".weight"
+def our_name(name: str) -> str:
+    """h.0.attn.c_attn.weight -> model/h0/attn/c_attn/w."""
+    module, _, kind = name.removeprefix("transformer.").rpartition(".")
+    place = "model/" + re.sub(r"^h\.", "h", module).replace(".", "/")
+    if kind == "weight" and module in ("wte", "wpe"):
+        return place
+    letters = {"weight": "w", "bias": "b"}
+    if "/ln_" in place:
+        letters["weight"] = "g"
+    return f"{place}/{letters.get(kind, kind)}"
 
 
-def read_safetensors(path: str) -> dict[str, np.ndarray]:
-    """Read a file -> {name: float32 array}.
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Read a file -> {name: float32 array}, mapped if it is stored as aligned float32.
 
-    A file is 8 bytes with the length of the header, the header in JSON, and the data.
+    A file is 8 bytes with the length of the header, the header in JSON, and the tensors, one after
+    another.
     """
-    utils.refuse_pointer(path)
-    with open(path, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        try:
-            if start > MAX_HEADER_BYTES:
-                raise ValueError(f"a header of {start - 8} bytes is too long")
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            header = json.loads(content[8:start].decode("utf-8"))
-            header.pop("__metadata__", None)
-            return read_tensors(header, memoryview(content)[start:])
-        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-            problem = f"is damaged or not supported: {type(error).__name__}: {error}"
-        except RecursionError:
-            problem = "is damaged: its header is nested too deeply"
-    raise ValueError(f"{path} {problem}; {utils.REPLACE}")
-
-
-def read_tensors(header: Json, data: memoryview) -> dict[str, np.ndarray]:
-    """Return the tensors that a header describes.
-
-    Raises ValueError unless they fill the data exactly, one after another.
-    """
-    tensors = {}
-    position = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = entry["data_offsets"]
-        if begin != position:
-            raise ValueError(f"a gap or an overlap at {name!r}")
-        if not name.endswith(MASKS):
-            tensors[name] = to_array(data[begin:end], entry["dtype"], entry["shape"])
-        position = end
-    if position != len(data):
-        raise ValueError("the tensors do not end where the file ends")
+    try:
+        content = np.asarray(np.memmap(path, np.uint8, "r"))
+        if content[:7].tobytes() == b"version":
+            raise ValueError("it is a Git LFS pointer; fetch the file with `git lfs pull`")
+        start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+        header = json.loads(content[8:start].tobytes())
+        header.pop("__metadata__", None)
+        tensors = {}
+        position = 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            if begin != position:
+                raise ValueError(f"there is a gap or an overlap before {name!r}")
+            position = end
+            if not name.endswith(MASKS):
+                tensors[name] = to_array(content[start + begin : start + end], **entry)
+        if start + position != len(content):
+            raise ValueError("the tensors do not end where the file ends")
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
     return tensors
 
 
-def to_array(data: memoryview, dtype: str, shape: list[int]) -> np.ndarray:
-    """Return a tensor as a float32 array, mapped if it is stored as aligned float32."""
+def to_array(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list) -> np.ndarray:
+    """Return a tensor, whose entry in the header has these keys, as a float32 array."""
     if dtype not in DTYPES:
-        raise ValueError(f"type {dtype!r} is not one of {', '.join(DTYPES)}")
-    array = np.frombuffer(data, DTYPES[dtype]).reshape(shape)
+        raise ValueError(f"a tensor has the type {dtype!r}, not one of {list(DTYPES)}")
+    array = data.view(DTYPES[dtype]).reshape(shape)
     if dtype == "BF16":
         array = (array.astype(np.uint32) << 16).view(np.float32)
     return np.require(array, np.float32, "A")
 
 
-# The vocabulary
+# The tokenizer. An added token is a dict with these keys: content, its name; special, it is only
+# made where it is allowed; normalized, it is looked for in a second pass; lstrip and rstrip, it
+# includes the white space before or after it; single_word, no letter or digit may be beside it.
+
+FLAGS = dict.fromkeys(["special", "normalized", "lstrip", "rstrip", "single_word"], False)
+IN_ORDER = dict.fromkeys(
+    f"{name}_token" for name in ["bos", "eos", "unk", "sep", "pad", "cls", "mask"]
+)
+SPACE_BEFORE = regex.compile(r"(?r)\s*")  # (?r) searches backwards
+SPACE_AFTER = regex.compile(r"\s*")
+LETTER = regex.compile(r"\w")
 
 
-def read_encoder(model_dir: str) -> Encoder:
-    """Read the vocabulary of a folder. tokenizer.json takes precedence over the other files."""
-    path = os.path.join(model_dir, "tokenizer.json")
-    settings = read_optional(model_dir, "tokenizer_config.json")
+class FolderEncoder(Encoder):
+    """An Encoder that also makes added tokens, {name: token}. Their ids are in the vocabulary."""
+
+    def __init__(self, vocabulary: Vocabulary, merges: Merges, added: dict[str, Json]):
+        super().__init__(vocabulary, merges)
+        self.added = added
+        self.special_tokens = {n: vocabulary[n] for n, token in added.items() if token["special"]}
+        self.whole_words = {}
+        self.first_ids = []  # ids that `encode` puts before those of every text
+        self.add_prefix_space = False  # to each text, also to one after a token
+        self.patterns = []  # of the names in each pass; where two start alike, the longest counts
+        for normalized in (False, True):
+            names = [name for name, token in added.items() if token["normalized"] == normalized]
+            names.sort(key=len, reverse=True)
+            self.patterns.append(re.compile("|".join(map(re.escape, names)) or "(?!)"))
+
+    def encode(self, text: str, allowed_special: Iterable[str] = ()) -> list[int]:
+        """Return the ids of a text, with special tokens as in `Encoder.encode`."""
+        forbidden = self.special_tokens.keys() - self.allowed_names(allowed_special)
+        return self.first_ids + self.encode_part(valid_text(text), self.patterns, forbidden)
+
+    def encode_part(self, text: str, patterns: list[re.Pattern], forbidden: set[str]) -> list[int]:
+        """Return the ids of a text in which only these patterns are left to look for."""
+        if not patterns:
+            if self.add_prefix_space and text and not text.startswith(" "):
+                text = " " + text
+            return self.encode_ordinary(text)
+        ids = []
+        start = 0
+        for match in patterns[0].finditer(text):
+            begin, end = match.span()
+            token = self.added[match[0]]
+            beside = text[begin - 1 : begin] + text[end : end + 1]
+            if match[0] in forbidden or (token["single_word"] and LETTER.search(beside)):
+                continue
+            if token["lstrip"]:
+                begin = max(start, SPACE_BEFORE.match(text, start, begin).start())
+            if token["rstrip"]:
+                end = SPACE_AFTER.match(text, end).end()
+            ids += self.encode_part(text[start:begin], patterns[1:], forbidden)
+            if begin < end:  # else it is white space that belongs to the token before it
+                ids.append(self.encoder[match[0]])
+            start = end
+        return ids + self.encode_part(text[start:], patterns[1:], forbidden)
+
+
+def read_encoder(folder: Path, config: Json) -> FolderEncoder:
+    """Read the vocabulary of a folder. Ids that have no row in wte do not start or end a text."""
+    settings = read_optional(folder / "tokenizer_config.json")
+    if not settings.get("extra_special_tokens"):
+        settings["extra_special_tokens"] = settings.pop("additional_special_tokens", None)
     if "added_tokens_decoder" not in settings:  # saved by an old version
-        settings |= read_optional(model_dir, "special_tokens_map.json")
+        settings |= read_optional(folder / "special_tokens_map.json")
     try:
-        if os.path.isfile(path):
-            tokenizer = read_json(path)
-            check_tokenizer(tokenizer, settings, path)
-        else:
-            path = os.path.join(model_dir, "vocab.json")
-            tokenizer = tokenizer_from_vocabulary(path, settings)
-        return encoder_from_tokenizer(tokenizer, settings, path)
+        tokenizer = read_tokenizer(folder, settings)
+        if (settings.get("tokenizer_class") or config.get("tokenizer_class")) in REBUILT:
+            settings = GPT2_TOKENIZER | settings
+            rebuild(tokenizer, settings)
+        encoder = make_encoder(tokenizer, added_tokens(folder, settings, tokenizer))
     except (AttributeError, LookupError, TypeError, UnicodeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}; {utils.REPLACE}") from None
+        files = "tokenizer.json, vocab.json or tokenizer_config.json"
+        raise ValueError(f"{folder}: {files} is damaged: {error!r}") from None
+    generation = read_optional(folder / "generation_config.json")
+    config = config | {key: value for key, value in generation.items() if value is not None}
+    ends = config.get("eos_token_id", DEFAULT_ID)
+    if not isinstance(ends, list):
+        ends = [ends]
+    starts = []
+    for key in ("bos_token", "eos_token"):
+        starts.append(encoder.encoder.get(as_token(settings.get(key))["content"]))
+    starts += [config.get("bos_token_id", DEFAULT_ID), *ends]
+    rows = range(min(config["n_vocab"], len(encoder.encoder)))
+    encoder.start_id = next((i for i in starts if i in rows), None)
+    encoder.end_ids = frozenset(i for i in ends if i in rows)
+    return encoder
 
 
-def read_optional(model_dir: str, name: str) -> Json:
-    """Read a JSON file. Return {} if there is none."""
-    path = os.path.join(model_dir, name)
-    if not os.path.isfile(path):
-        return {}
-    return read_json(path)
-
-
-def tokenizer_from_vocabulary(path: str, settings: Json) -> Json:
-    """Read vocab.json, merges.txt and added_tokens.json -> what a tokenizer.json would hold."""
-    folder = os.path.dirname(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"{folder} has no vocabulary: it needs tokenizer.json, or vocab.json "
-            "and merges.txt (not SentencePiece's *.model or WordPiece's vocab.txt)"
-        )
-    for setting, values in VOCABULARY_SETTINGS.items():
-        value = settings.get(setting)
-        if value not in values:
-            config_path = os.path.join(folder, "tokenizer_config.json")
-            raise unsupported(config_path, setting, value, values)
-    merges_path = os.path.join(folder, "merges.txt")
-    added = read_optional(folder, "added_tokens.json")
-    template = [{"Sequence": {"id": "A"}}]
-    bos = token_entry(settings.get("bos_token", END_OF_TEXT))
-    if settings.get("add_bos_token") and bos:
-        template = [{"SpecialToken": {"id": bos["content"]}}, *template]
-    return {
-        "model": {"vocab": read_json(path), "merges": read_merges(merges_path)},
-        "merges_path": merges_path,  # not a key of tokenizer.json: the file to name in errors
-        "pre_tokenizer": {"add_prefix_space": settings.get("add_prefix_space")},
-        "added_tokens": [{"content": name, "id": token_id} for name, token_id in added.items()],
-        "post_processor": {"type": "TemplateProcessing", "single": template},
-    }
-
-
-def check_tokenizer(tokenizer: Json, settings: Json, path: str) -> None:
-    """Raise ValueError, naming the setting, for a tokenizer.json that Encoder does not support."""
-    for setting, values in TOKENIZER_SETTINGS.items():
-        value: Any = tokenizer
-        for key in setting.split("."):
-            value = (value or {}).get(key)
-        if value not in values:
-            raise unsupported(path, setting, value, values)
-    prefix = tokenizer["pre_tokenizer"].get("add_prefix_space")
-    if settings.get("add_prefix_space") not in (None, prefix):
-        problem = f"pre_tokenizer.add_prefix_space is {prefix}"
-        raise ValueError(f"{path}: {problem}, but tokenizer_config.json says the opposite")
-
-
-def encoder_from_tokenizer(tokenizer: Json, settings: Json, path: str) -> Encoder:
-    """Make an Encoder that does what a tokenizer.json says.
-
-    path is the file to name in errors. The configuration in its folder says which ids start and
-    end a text.
-    """
+def read_tokenizer(folder: Path, settings: Json) -> Json:
+    """Read tokenizer.json, or the same from vocab.json and merges.txt. Check all settings."""
+    path = folder / "tokenizer.json"
+    merges_path = path
+    if path.is_file():
+        tokenizer = read_json(path)
+        check_settings(tokenizer, TOKENIZER_SETTINGS, path)
+        check_settings(settings, {"tokenizer_class": CLASSES}, folder / "tokenizer_config.json")
+    else:
+        path = folder / "vocab.json"
+        merges_path = folder / "merges.txt"
+        check_settings(settings, VOCABULARY_SETTINGS, folder / "tokenizer_config.json")
+        tokenizer = {"model": {"vocab": read_json(path), "merges": read_merges(merges_path)}}
     model = tokenizer["model"]
-    merges = [read_merge(merge, path) for merge in model["merges"]]
+    merges = []
+    for merge in model["merges"]:
+        if isinstance(merge, str):  # in older files
+            merge = merge.split(" ")
+        merges.append(tuple(merge))
+    model["merges"] = merges
+    check_vocabulary(model["vocab"], merges, path, merges_path)
+    template = (tokenizer.get("post_processor") or {}).get("single")
+    if template and "Sequence" not in template[-1]:
+        raise ValueError(f"{path}: post_processor.single adds tokens after the text: {template}")
+    return tokenizer
+
+
+def rebuild(tokenizer: Json, settings: Json) -> None:
+    """Remove from a tokenizer what transformers' class GPT2Tokenizer ignores."""
+    tokenizer["pre_tokenizer"] = settings  # add_prefix_space counts there
+    for key in ("ignore_merges", "unk_token"):
+        tokenizer["model"].pop(key, None)
+    if "added_tokens_decoder" in settings:
+        tokenizer["added_tokens"] = []
+
+
+def make_encoder(tokenizer: Json, added: dict[str, Json]) -> FolderEncoder:
+    """Make the Encoder that does what tokenizer.json says, with these added tokens."""
+    model = tokenizer["model"]
     vocabulary = dict(model["vocab"])
-    special_tokens = {}
-    added_tokens = {}
-    for name, token in named_tokens(tokenizer, settings).items():
-        token_id = token.get("id", vocabulary.get(name))
-        if token_id is None:
-            continue
-        if vocabulary.setdefault(name, token_id) != token_id:
-            raise ValueError(f"{path} is damaged: {name!r} has two ids; {utils.REPLACE}")
-        flags = [key for key in ("lstrip", "rstrip", "single_word") if token.get(key)]
-        if not token["special"]:
-            added_tokens[name] = token_id
-            if flags:
-                raise unsupported(path, f"{flags[0]} of the added token {name!r}", True, [False])
-        elif not flags:  # else it is decoded, but never made from text
-            special_tokens[name] = token_id
-    check_vocabulary(vocabulary, merges, path, tokenizer.get("merges_path", path))
-    bos_ids = configured_ids(os.path.dirname(path), "bos_token_id", len(vocabulary))
-    eos_ids = configured_ids(os.path.dirname(path), "eos_token_id", len(vocabulary))
-    start_ids = bos_ids or eos_ids
-    unknown = model.get("unk_token")
-    if model.get("fuse_unk") or model.get("byte_fallback"):
-        unknown = None  # there, an unknown byte is not always one unknown token
-    return Encoder(
-        vocabulary,
-        merges,
-        ignore_merges=bool(model.get("ignore_merges")),
-        special_tokens=special_tokens,
-        added_tokens=added_tokens,
-        add_prefix_space=bool(tokenizer["pre_tokenizer"].get("add_prefix_space")),
-        first_ids=[vocabulary[name] for name in first_tokens(tokenizer, path)],
-        unknown_id=vocabulary.get(unknown),
-        start_id=start_ids[0] if start_ids else None,
-        end_ids=eos_ids,
-    )
-
-
-def read_merge(merge: Any, path: str) -> tuple[str, str]:
-    """Read a merge of a tokenizer.json: two tokens in a list or, in older files, in one text."""
-    parts = merge.split(" ") if isinstance(merge, str) else merge
-    if len(parts) != 2:
-        raise ValueError(f"{path} is damaged: {merge!r} is not a merge; {utils.REPLACE}")
-    return parts[0], parts[1]
-
-
-def named_tokens(tokenizer: Json, settings: Json) -> dict[str, Json]:
-    """Return the added tokens of tokenizer.json and the tokens that tokenizer_config.json names.
-
-    The result is {name: {"special": ..., "id": ..., and other flags}}. tokenizer.json wins.
-    """
-    tokens = list(tokenizer.get("added_tokens") or [])
-    for token_id, token in settings.get("added_tokens_decoder", {}).items():
-        tokens.append(token | {"id": int(token_id)})
-    special: list[Any] = [END_OF_TEXT]
-    for key, value in settings.items():
-        if key.endswith("_token"):  # also add_bos_token, whose value token_entry ignores
-            special.append(value)
-        elif key in ("extra_special_tokens", "additional_special_tokens"):
-            special += value.values() if isinstance(value, dict) else value or []
-    for value in special:
-        token = token_entry(value)
-        if token:
-            tokens.append(token | {"special": True})
-    named: dict[str, Json] = {}
-    for token in tokens:
-        name = token["content"]
-        name.encode("utf-8")  # raises UnicodeError for a lone surrogate
-        known = named.get(name, {})
-        is_special = known.get("special", False) or token.get("special", False)
-        named[name] = token | known | {"special": is_special}
-    return named
-
-
-def token_entry(value: Any) -> Json:
-    """Return {"content": name, ...} of a token that is given as a name or as a dict, else {}."""
-    if isinstance(value, str):
-        return {"content": value}
-    return value if isinstance(value, dict) else {}
-
-
-def first_tokens(tokenizer: Json, path: str) -> list[str]:
-    """Return the tokens that a post-processor puts before each text."""
+    for name in added:
+        vocabulary.setdefault(name, len(vocabulary))  # the next free id
+    encoder = FolderEncoder(vocabulary, model["merges"], added)
+    encoder.add_prefix_space = tokenizer["pre_tokenizer"].get("add_prefix_space")
+    if model.get("ignore_merges"):
+        encoder.whole_words = model["vocab"]
+    if not model.get("fuse_unk") and not model.get("byte_fallback"):
+        encoder.unknown_id = vocabulary.get(model.get("unk_token"))
     processor = tokenizer.get("post_processor") or {}
-    kind = processor.get("type")
-    if kind in (None, "ByteLevel"):
-        return []
-    if kind != "TemplateProcessing":
-        raise unsupported(path, "post_processor.type", kind, ["TemplateProcessing"])
-    template = processor["single"]
-    if "Sequence" not in template[-1]:
-        raise ValueError(f"{path}: post_processor.single adds tokens after the text: {template!r}")
-    return [piece["SpecialToken"]["id"] for piece in template[:-1]]
+    for piece in processor.get("single", [])[:-1]:
+        encoder.first_ids += processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+    return encoder
 
 
-def configured_ids(model_dir: str, key: str, n_tokens: int) -> list[int] | None:
-    """Read an id or a list of them, from generation_config.json or else config.json.
+def added_tokens(folder: Path, settings: Json, tokenizer: Json) -> dict[str, Json]:
+    """Return {name: token}, in the order in which new ones get ids.
 
-    Returns [] for null. Returns None if none of the ids has a row in wte: Encoder then takes its
-    default.
+    added_tokens_decoder of tokenizer_config.json wins over the other lists. Tokens that are only
+    named there come last.
     """
-    config = read_optional(model_dir, "config.json")
-    value = read_optional(model_dir, "generation_config.json").get(key)
-    if value is None:
-        value = config.get(key, DEFAULT_END)
-    if value is None:
-        return []
-    n_rows = config.get("vocab_size", DEFAULTS["vocab_size"])
-    limit = min(n_rows, n_tokens)
-    ids = value if isinstance(value, list) else [value]
-    return [i for i in ids if type(i) is int and 0 <= i < limit] or None
+    extra = settings.get("extra_special_tokens") or []
+    if isinstance(extra, dict):
+        settings = settings | extra
+        extra = []
+    named = {}
+    for key, value in (IN_ORDER | settings).items():
+        if key.endswith("_token") and isinstance(value, str | dict):
+            token = as_token(value)
+            named[token["content"]] = token
+    entries = list(tokenizer.get("added_tokens") or [])
+    if "added_tokens_decoder" in settings:
+        listed = settings["added_tokens_decoder"]
+        for token_id in sorted(listed, key=lambda token_id: token_id.zfill(9)):  # as numbers
+            entries.append(listed[token_id])
+    else:
+        listed = read_optional(folder / "added_tokens.json")  # {name: id}
+        names = sorted(listed, key=listed.get)
+        others = []
+        for name in names:
+            special = name in named or name in extra
+            others.append({"content": name, "special": special, "normalized": not special})
+        entries = [*entries, *others, *entries]  # what tokenizer.json says of a token wins
+    special_names = set(named)
+    added = {}
+    for token in map(as_token, entries):
+        name = token["content"]
+        if token["special"]:
+            special_names.add(name)
+        added[name] = token | {"special": name in special_names}
+    for token in map(as_token, extra or settings.get("additional_special_tokens") or []):
+        named[token["content"]] = token
+    for name, token in named.items():
+        added.setdefault(name, token | {"special": True})
+    added.pop("", None)
+    "".join(added).encode("utf-8")  # a lone surrogate raises UnicodeError
+    return added
+
+
+def as_token(value: str | Json | None) -> Json:
+    """Return a token with all its keys. It is given as a dict, or as its name."""
+    return FLAGS | (value if isinstance(value, dict) else {"content": value})
+
+
+# The Hub
+
+
+def download(name: str, model_dir: str) -> None:
+    """Download the model owner/name from the Hugging Face Hub into the folder model_dir.
+
+    The package huggingface_hub does the work. It reads HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE
+    from the environment, and it resumes an interrupted download, which is kept beside model_dir.
+    If several processes download at once, one does the work and the others wait for it.
+
+    Raises ConnectionError if the model cannot be downloaded, ValueError, before its weights are
+    downloaded, if it is not a GPT-2 in safetensors, and ImportError if the package is missing.
+    """
+    try:
+        from huggingface_hub import hf_hub_download, model_info
+        from huggingface_hub.utils import WeakFileLock
+    except ImportError:
+        problem = f"{name} is downloaded with the package huggingface_hub; install it with"
+        raise ImportError(f"{problem}: pip install huggingface_hub") from None
+
+    info = ask_hub(model_info, name, revision="main")
+    folder = Path(model_dir)
+    part = folder.with_name(f".{folder.name}.{info.sha}.part")  # revisions never mix
+    folder.parent.mkdir(parents=True, exist_ok=True)
+
+    def fetch(file: str) -> None:
+        ask_hub(hf_hub_download, name, filename=file, revision=info.sha, local_dir=part)
+
+    with WeakFileLock(folder.with_name(f".{folder.name}.lock")):
+        if folder.is_dir():  # another process has downloaded it
+            return
+        try:
+            # One file at a time, in this thread: Ctrl-C would wait for the package's own threads.
+            files = [sibling.rfilename for sibling in info.siblings or []]
+            for file in files:
+                if re.fullmatch(SMALL_FILES, file):
+                    fetch(file)
+            read_encoder(part, read_config(part))
+            if WEIGHTS in files:
+                fetch(WEIGHTS)
+            else:
+                for path in weight_files(part):
+                    fetch(path.name)
+            read_folder(part)
+        except (ValueError, FileNotFoundError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise ValueError(f"{name} from the Hugging Face Hub: {error}") from None
+        part.rename(folder)
+        for old in folder.parent.glob(f".{folder.name}.{'?' * len(info.sha)}.part"):
+            shutil.rmtree(old)
+
+
+def ask_hub(function: Callable, name: str, **options: Any) -> Any:
+    """Call a function of huggingface_hub. Any error becomes a ConnectionError of one line."""
+    try:
+        return function(name, **options)
+    except Exception as error:
+        problem = " ".join(str(error).split()) or type(error).__name__
+        raise ConnectionError(f"cannot download {name} from the Hub: {problem}") from None

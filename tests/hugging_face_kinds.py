@@ -1,11 +1,11 @@
 """What a Hugging Face folder may say: edits of the folders in tests/data/hugging_face.
 
 make_hugging_face.py stores what transformers does with each edited folder, test_hugging_face.py
-compares. "refused" is the setting that the error must name, if this library does not support it.
+compares.
 """
 
 import json
-from dataclasses import dataclass, field
+import random
 
 REMOVE = "(remove this key)"
 KIND_TEXTS = [
@@ -13,13 +13,6 @@ KIND_TEXTS = [
     *("Juliet Juliets", "<|endoftext|>", "<|user name|> the<|user name|>x", "<s>the</s>"),
     "a <mask> the",
 ]
-
-
-@dataclass
-class Kind:
-    base: str
-    edits: dict = field(default_factory=dict)  # {file: text, or {key.key: value}}
-    refused: str | None = None
 
 
 def edit(folder, edits):
@@ -72,124 +65,51 @@ def template(*pieces):
     return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
 
 
-def fast(refused=None, config=None, **settings):
-    """A kind of the folder tokenizer_json. In the settings, __ stands for a dot."""
-    edits = {"tokenizer.json": {key.replace("__", "."): value for key, value in settings.items()}}
-    if config:
-        edits["tokenizer_config.json"] = config
-    return Kind("tokenizer_json", edits, refused)
-
-
-def added(entry, refused=None):
-    """A kind of the folder tokenizer_json with one more added token."""
-    return fast(refused, added_tokens=[END, USER, entry])
-
-
-def in_config(refused=None, **settings):
-    """A kind of the folder tokenizer_json with other settings in tokenizer_config.json."""
-    return Kind("tokenizer_json", {"tokenizer_config.json": settings}, refused)
-
-
-def slow(refused=None, map_=None, added=None, **settings):
-    """A kind of the folder added_tokens, which has vocab.json and merges.txt, as transformers 4."""
+def slow(map_=None, added=None, **settings):
+    """Edits of the folder added_tokens, which has vocab.json and merges.txt, as transformers 4."""
     edits = {"added_tokens.json": json.dumps(added or {})}
     if settings:
         edits["tokenizer_config.json"] = settings
     if map_:
         edits["special_tokens_map.json"] = map_
-    return Kind("added_tokens", edits, refused)
+    return edits
 
 
 OFFSETS = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 CUT = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
-PREFIX = {"add_prefix_space": True}
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
-TOKENIZERS = {
-    "as saved by transformers 5": fast(),
-    "prefix space": fast(pre_tokenizer__add_prefix_space=True, config=PREFIX),
-    "prefix space in tokenizer.json only": fast(
-        "add_prefix_space", pre_tokenizer__add_prefix_space=True
-    ),
-    "prefix space in tokenizer_config.json only": in_config("add_prefix_space", **PREFIX),
-    "prefix space is null": in_config(add_prefix_space=None),
-    "offsets": fast(pre_tokenizer__trim_offsets=False),
-    "without use_regex": fast(pre_tokenizer__use_regex=REMOVE),
-    "words are not split": fast("use_regex", pre_tokenizer__use_regex=False),
-    "lower case": fast("normalizer", normalizer={"type": "Lowercase"}),
-    "NFC": fast("normalizer", normalizer={"type": "NFC"}),
-    "single digits": fast("pre_tokenizer.type", pre_tokenizer={"type": "Sequence"}),
-    "no splitter": fast("pre_tokenizer.type", pre_tokenizer=None),
-    "no post-processor": fast(post_processor=None),
-    "post-processor for offsets": fast(post_processor={"type": "ByteLevel"} | OFFSETS),
-    "bos": fast(post_processor=template("<|endoftext|>", "A")),
-    "two tokens first": fast(post_processor=template("<|endoftext|>", "<|user name|>", "A")),
-    "eos": fast("post_processor.single", post_processor=template("A", "<|endoftext|>")),
-    "RoBERTa's post-processor": fast(
-        "post_processor.type", post_processor={"type": "RobertaProcessing"}
-    ),
-    "dropout of zero": fast(model__dropout=0.0),
-    "dropout": fast("model.dropout", model__dropout=0.9),
-    "prefix of subwords": fast(
-        "model.continuing_subword_prefix", model__continuing_subword_prefix="##"
-    ),
-    "suffix of words": fast("model.end_of_word_suffix", model__end_of_word_suffix="</w>"),
-    "unknown token": fast(model__unk_token="<|endoftext|>"),
-    "fused unknown tokens": fast(model__fuse_unk=True),
-    "bytes as tokens": fast(model__byte_fallback=True),
-    "ignored merges": fast(model__ignore_merges=True),
-    "without a type of model": fast(model__type=REMOVE),
-    "Unigram": fast("model.type", model__type="Unigram"),
-    "truncation": fast(truncation=CUT),
-    "an added token": added(JULIET),
-    "an added token that normalizes": added(token("Juliet", 288, normalized=True)),
-    "a longer name": fast(added_tokens=[END, USER, JULIET, token("Juliets", 289)]),
-    "an added token that is in the vocabulary": fast(added_tokens=[token("Ġthe", 273), END, USER]),
-    "an added token with lstrip": added(token("Juliet", 288, lstrip=True), "lstrip"),
-    "an added token with rstrip": added(token("Juliet", 288, rstrip=True), "rstrip"),
-    "an added token that is a word": added(token("Juliet", 288, single_word=True), "single_word"),
-    "a special token that is not named": added(token("<s>", 288, True)),
-    "a named token that is not special": fast(
-        added_tokens=[END, USER, token("<s>", 288)], config={"bos_token": "<s>"}
-    ),
-    "only in added_tokens_decoder": in_config(added_tokens_decoder=decoder(END, USER, JULIET)),
-    "in both files": fast(
-        added_tokens=[END, USER, JULIET],
-        config={"added_tokens_decoder": decoder(END, USER, JULIET)},
-    ),
-    "add_bos_token with a tokenizer.json": in_config(add_bos_token=True),
-    "add_eos_token with a tokenizer.json": in_config(add_eos_token=True),
-    "errors": in_config(errors="strict"),
-    "split_special_tokens": in_config(split_special_tokens=False),
-    "clean_up_tokenization_spaces": in_config(clean_up_tokenization_spaces=True),
-    "model_max_length": in_config(model_max_length=2, padding_side="left", truncation_side="left"),
-    "pad_token": in_config(pad_token="<|user name|>"),
-    "additional_special_tokens": in_config(additional_special_tokens=["<|user name|>"]),
-    "extra_special_tokens": in_config(extra_special_tokens={"user_token": "<|user name|>"}),
-    "PreTrainedTokenizerFast": in_config(**FAST),
-    "GPT2TokenizerFast": in_config(tokenizer_class="GPT2TokenizerFast"),
-    "no tokenizer_config.json": Kind("tokenizer_json", {"tokenizer_config.json": "{}"}),
+MASK = token("<mask>", 0, lstrip=True) | {"__type": "AddedToken"}
+TOKENIZERS = {  # edits of the folder added_tokens, or of tokenizer_json if they have this file
+    "as saved by transformers 5": {"tokenizer.json": {}},
+    "truncation": {"tokenizer.json": {"truncation": CUT}},
+    "settings without effect": {
+        "tokenizer.json": {"pre_tokenizer.trim_offsets": False, "model.type": REMOVE},
+        "tokenizer_config.json": {
+            **{"add_bos_token": True, "add_eos_token": True, "errors": "strict"},
+            **{"clean_up_tokenization_spaces": True, "model_max_length": 2, "padding_side": "left"},
+        },
+    },
+    "no tokenizer_config.json": {"tokenizer.json": {}, "tokenizer_config.json": "{}"},
+    "merges as texts": {"tokenizer.json": {"model.merges": ["Ġ t", "h e", "Ġt he"]}},
     "vocab.json": slow(),
-    "vocab.json, prefix space": slow(**PREFIX),
-    "vocab.json, bos": slow(add_bos_token=True),
-    "vocab.json, other bos": slow(
-        add_bos_token=True, bos_token="<s>", added={"<s>": 287}, eos_token="<|endoftext|>"
-    ),
-    "vocab.json, bos as a dict": slow(add_bos_token=True, bos_token=END | {"__type": "AddedToken"}),
-    "vocab.json, eos": slow("add_eos_token", add_eos_token=True),
-    "vocab.json, added tokens": slow(added={"Juliet": 287, "<|user name|>": 288}),
+    "vocab.json, prefix space": slow(add_prefix_space=True),
+    "vocab.json, added tokens": slow(added={"Juliet": 288, "<|user name|>": 287}),
     "vocab.json, special tokens": slow(
-        map_={"additional_special_tokens": ["<|user name|>"], "pad_token": "<s>"},
-        added={"<|user name|>": 287, "<s>": 288},
+        {"additional_special_tokens": ["<|user name|>"], "pad_token": "<s>"},
+        {"<|user name|>": 287, "<s>": 288},
     ),
-    "vocab.json, added_tokens_decoder": slow(
-        added={"Juliet": 288, "<|user name|>": 287},
+    "vocab.json, both lists": slow(
+        added={"Juliet": 288, "<|user name|>": 287, "The": 289},
         added_tokens_decoder=decoder(END, USER, JULIET),
         tokenizer_class="GPT2Tokenizer",
     ),
     "vocab.json, a token with lstrip": slow(
-        "lstrip", added_tokens_decoder=decoder(END, token("Juliet", 287, lstrip=True))
+        added_tokens_decoder=decoder(END, token("Juliet", 287, lstrip=True))
     ),
-    "vocab.json of RoBERTa": slow("tokenizer_class", tokenizer_class="RobertaTokenizer"),
+    "vocab.json, tokens without ids": slow({"pad_token": "<s>", "mask_token": MASK}),
+    "vocab.json, endoftext is not special": slow(
+        bos_token=None, eos_token="<s>", unk_token="<s>", pad_token="<s>"
+    ),
 }
 
 ALIASES = {
@@ -224,3 +144,81 @@ ENDS = {  # of the folder `whole`: config.json, and generation_config.json if th
     ),
     "none": ({"eos_token_id": None}, None),
 }
+
+
+# Random tokenizers
+
+N_RANDOM = 300
+NAMES = [
+    *("Juliet", "Juliets", "the", " the", "Ġthe", "h", "<s>", "</s>", "<|user name|>", "a b", "12"),
+    *("é", "e", "\n", "<", "<|endoftext|>", "don't", " ", "\u3000x", "in", "ing"),
+]
+PIECES = [*NAMES, *(" ", "  ", "\t", "\n\n", "The", "z", "!", "_", "½", "e\u0301", "中", "\x1c")]
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "image_token")
+CLASSES = [
+    *("GPT2Tokenizer", "GPT2Tokenizer", "GPT2TokenizerFast", REMOVE, "PreTrainedTokenizerFast"),
+    *("PreTrainedTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"),
+]
+BOS_OF_OTHER_IDS = template("<|endoftext|>", "A")
+BOS_OF_OTHER_IDS["special_tokens"]["<|endoftext|>"]["ids"] = [7, 9]
+PROCESSORS = [
+    *(None, template("A"), template("<|endoftext|>", "A"), {"type": "ByteLevel"} | OFFSETS),
+    *(template("<|endoftext|>", "<|user name|>", "A"), BOS_OF_OTHER_IDS),
+]
+FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+ODD = [  # what is refused: the file, the setting, its value
+    (FILE, "normalizer", {"type": "NFC"}),
+    (FILE, "pre_tokenizer.type", "Whitespace"),
+    (FILE, "pre_tokenizer.use_regex", False),
+    (FILE, "model.type", "Unigram"),
+    (FILE, "model.dropout", 0.5),
+    (FILE, "model.continuing_subword_prefix", "##"),
+    (FILE, "model.end_of_word_suffix", "</w>"),
+    (FILE, "post_processor", template("A", "<|endoftext|>")),
+    (FILE, "post_processor", {"type": "RobertaProcessing"}),
+    (FILE, "decoder.type", "WordPiece"),
+]
+OTHER_CLASSES = ["RobertaTokenizer", "BartTokenizer", "Qwen2Tokenizer", "WhisperTokenizer"]
+OTHER_CLASSES += ["BertTokenizerFast", "CLIPTokenizer"]
+ODD += [(CONFIG, "tokenizer_class", name) for name in OTHER_CLASSES]
+
+
+def random_token(rng, token_id):
+    return token(rng.choice(NAMES), token_id, **{flag: rng.random() < 0.3 for flag in FLAGS})
+
+
+def random_tokenizer(seed):
+    """Edits of the folder tokenizer_json, and texts to encode."""
+    rng = random.Random(seed)
+    entries = [END] if rng.random() < 0.8 else []
+    entries += [random_token(rng, 287 + i) for i in range(rng.randrange(6))]
+    settings = {"tokenizer_class": rng.choice(CLASSES)}
+    for key in NAMED:
+        value = rng.choice([None, *NAMES, random_token(rng, 0) | {"__type": "AddedToken"}])
+        settings |= rng.choice([{}, {key: REMOVE}, {key: value}])
+    extra = rng.sample(NAMES, 2)
+    settings |= rng.choice(
+        [{}, {}, {"extra_special_tokens": extra}, {"additional_special_tokens": extra}]
+    )
+    settings["add_prefix_space"] = rng.random() < 0.3
+    if rng.random() < 0.2:
+        changed = [entry | {rng.choice(FLAGS): True} for entry in entries]
+        settings["added_tokens_decoder"] = decoder(*changed, random_token(rng, 295))
+    content = {
+        "added_tokens": entries,
+        "pre_tokenizer.add_prefix_space": rng.random() < 0.3,
+        "model.ignore_merges": rng.random() < 0.3,
+        "post_processor": rng.choice(PROCESSORS),
+    }
+    if rng.random() < 0.3:  # then some tokens have no merges
+        content["model.merges"] = [["Ġ", "t"], ["Ġt", "h"], ["i", "n"]]
+    edits = {"tokenizer.json": content, "tokenizer_config.json": settings}
+    if rng.random() < 0.2:
+        edits["special_tokens_map.json"] = {"mask_token": rng.choice(NAMES), "pad_token": "<s>"}
+    if rng.random() < 0.15:
+        file, setting, value = rng.choice(ODD)
+        edits[file][setting] = value
+    names = [entry["content"] for entry in entries]
+    texts = ["".join(rng.choices(PIECES + names * 4, k=rng.randrange(1, 9))) for _ in range(5)]
+    return edits, texts

@@ -3,8 +3,8 @@
     pip install torch transformers && python tests/make_hugging_face.py
 
 Each folder is a model with random weights. expected.npz holds transformers' logits and greedy ids,
-expected.json the ids that tokenizers gives for some difficult texts. hugging_face_kinds.py lists
-edits of the folders; what transformers makes of them is stored as well.
+expected.json the ids of some difficult texts. hugging_face_kinds.py lists edits of the folders and
+makes random tokenizers; what transformers makes of them is stored as well.
 """
 
 import contextlib
@@ -15,7 +15,16 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from hugging_face_kinds import CONFIGS, END_PROMPT, ENDS, KIND_TEXTS, TOKENIZERS, edit
+from hugging_face_kinds import (
+    CONFIGS,
+    END_PROMPT,
+    ENDS,
+    KIND_TEXTS,
+    N_RANDOM,
+    TOKENIZERS,
+    edit,
+    random_tokenizer,
+)
 
 DATA_DIR = Path(__file__).parent / "data"
 FOLDER = DATA_DIR / "hugging_face"
@@ -90,19 +99,12 @@ def save_tokenizer_json(folder):
         (folder / name).unlink()
 
 
-def tokenizers_ids(folder):
-    """The ids of TEXTS, from tokenizers. transformers must give the same."""
-    from tokenizers import ByteLevelBPETokenizer, Tokenizer
+def transformers_ids(folder):
+    """The ids of TEXTS."""
     from transformers import AutoTokenizer
 
-    if (folder / "tokenizer.json").exists():
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    else:
-        tokenizer = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
-    of_transformers = AutoTokenizer.from_pretrained(folder)
-    assert ids == [of_transformers.encode(text, add_special_tokens=False) for text in TEXTS], folder
-    return ids
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [tokenizer.encode(text, add_special_tokens=False) for text in TEXTS]
 
 
 # Models
@@ -199,42 +201,45 @@ def end_results():
     return found
 
 
-def special_ids(tokenizer):
-    """The ids of the tokens that are named as special or have that flag."""
-    added = tokenizer.added_tokens_decoder.items()
-    flagged = {token_id for token_id, token in added if token.special}
-    return sorted(flagged.union(tokenizer.all_special_ids))
-
-
 def tokenizer_results():
-    """{name: ids of KIND_TEXTS}, from transformers and, where these differ, from tokenizers.
-
-    GPT2Tokenizer of transformers ignores some of what tokenizer.json says; tokenizers does not.
-    What this library refuses is not stored.
-    """
-    from tokenizers import Tokenizer
+    """{name: [ids of KIND_TEXTS, ids of the special tokens]} of each kind."""
     from transformers import AutoTokenizer
 
     found = {}
-    for name, kind in TOKENIZERS.items():
-        if kind.refused:
-            continue
-        with edited(kind.base, kind.edits) as folder:
-            path = folder / "tokenizer.json"
+    for name, edits in TOKENIZERS.items():
+        base = "tokenizer_json" if "tokenizer.json" in edits else "added_tokens"
+        with edited(base, edits) as folder:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        added = tokenizer.added_tokens_decoder.items()
+        special = sorted(token_id for token_id, token in added if token.special)
+        found[name] = [[tokenizer.encode(text) for text in KIND_TEXTS], special]
+    return found
+
+
+def random_results():
+    """For each random tokenizer: for each text, the ids, with and without special tokens, and the
+    text of the former. null where transformers fails."""
+    from transformers import AutoTokenizer
+
+    found = []
+    for seed in range(N_RANDOM):
+        edits, texts = random_tokenizer(seed)
+        answers = []
+        with edited("tokenizer_json", edits) as folder:
             try:
                 tokenizer = AutoTokenizer.from_pretrained(folder)
-                found[name] = {"transformers": [tokenizer.encode(text) for text in KIND_TEXTS]}
-                found[name]["special"] = special_ids(tokenizer)
-            except Exception as error:
-                print(name, "-> transformers:", str(error)[:150])
-                found[name] = {}
+            except BaseException as error:  # a panic of tokenizers is one
+                print(seed, "-> transformers:", str(error)[:150])
+                found.append(None)
+                continue
+        for text in texts:
+            answer = None
             with contextlib.suppress(BaseException):  # a panic of tokenizers is one
-                tokenizer = Tokenizer.from_file(str(path))
-                tokenizer.no_truncation()
-                ids = [tokenizer.encode(text).ids for text in KIND_TEXTS]
-                if ids != found[name].get("transformers"):
-                    found[name]["tokenizers"] = ids
-                    print(name, "-> tokenizers differs")
+                ids = tokenizer.encode(text)
+                without = tokenizer.encode(text, split_special_tokens=True)
+                answer = [ids, without, tokenizer.decode(ids)]
+            answers.append(answer)
+        found.append(answers)
     return found
 
 
@@ -255,7 +260,7 @@ def main():
             path.chmod(0o644)
         arrays = results(model, n_tokens, seed=len(expected_arrays))
         expected_arrays.update({f"{name}/{key}": array for key, array in arrays.items()})
-        expected_ids[name] = tokenizers_ids(folder)
+        expected_ids[name] = transformers_ids(folder)
         if save_vocabulary is gpt2_order and name != "whole":  # its ids are stored once
             assert expected_ids.pop(name) == expected_ids["whole"]
 
@@ -283,6 +288,7 @@ def main():
     content = {"texts": TEXTS, "ids": expected_ids, "ends": expected_ends}
     content["defaults"] = GPT2Config().to_dict()
     content["tokenizers"] = tokenizer_results()
+    content["random"] = random_results()
     content = json.dumps(content, separators=(",", ":"))
     (FOLDER / "expected.json").write_text(content + "\n")
 

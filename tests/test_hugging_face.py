@@ -1,4 +1,4 @@
-"""Hugging Face folders, intact and damaged, and checkpoints that load without TensorFlow.
+"""Hugging Face folders, intact and damaged.
 
 make_hugging_face.py made the folders in tests/data/hugging_face and the results of transformers
 and tokenizers.
@@ -10,16 +10,26 @@ import os
 import random
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
-from helpers import DATA_DIR, REAL_MODELS_DIR, copy_model, flat, is_mapped, load
-from hugging_face_kinds import CONFIGS, END_PROMPT, KIND_TEXTS, REMOVE, TOKENIZERS, edit
+from helpers import DATA_DIR, flat, is_mapped, load
+from hugging_face_kinds import (
+    CONFIGS,
+    END_PROMPT,
+    FAST,
+    KIND_TEXTS,
+    N_RANDOM,
+    ODD,
+    REMOVE,
+    TOKENIZERS,
+    edit,
+    random_tokenizer,
+)
 
-from encoder import get_encoder
+from encoder import TextDecoder
 from gpt2 import generate, gpt2
-from hugging_face import DEFAULT_END, read_config
+from hugging_face import CONFIG_SETTINGS, DEFAULT_ID, read_config, read_encoder
 
 FOLDER = DATA_DIR / "hugging_face"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
@@ -38,7 +48,7 @@ def expected():
 
 @pytest.fixture
 def copy(tmp_path):
-    return lambda name: shutil.copytree(FOLDER / name, tmp_path / name)
+    return lambda name, *to: shutil.copytree(FOLDER / name, tmp_path.joinpath(name, *to))
 
 
 @pytest.fixture
@@ -48,7 +58,7 @@ def model_dir(copy):
 
 
 def load_encoder(model_dir):
-    return get_encoder(model_dir.name, str(model_dir.parent))
+    return read_encoder(model_dir, read_config(model_dir))
 
 
 def assert_one_line(model_dir, kind, *words, load=load):
@@ -63,7 +73,7 @@ def assert_one_line(model_dir, kind, *words, load=load):
 
 # An independent reader and writer of safetensors
 
-TYPES = {"F32": "float32", "F16": "float16", "BF16": "uint16", "U8": "uint8"}
+TYPES = {"F32": "float32", "F16": "float16", "BF16": "uint16", "U8": "uint8", "F64": "float64"}
 
 
 def read_safetensors(path):
@@ -151,10 +161,9 @@ def test_logits_and_greedy_ids_are_those_of_transformers(copy, name, expected):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_hparams_and_params_are_those_of_the_files(name):
-    encoder, hparams, params = load(FOLDER / name)
+    _, hparams, params = load(FOLDER / name)
     config = json.loads((FOLDER / name / "config.json").read_text())
     n_vocab = 280 if name == "padded" else config["vocab_size"]
-    assert len(encoder.decoder) == n_vocab
     sizes = {key: config[key] for key in ("n_embd", "n_head", "n_layer")}
     assert hparams == {"n_vocab": n_vocab, "n_ctx": config["n_positions"]} | sizes
     assert_params(params, stored_tensors(FOLDER / name), n_vocab)
@@ -173,28 +182,34 @@ def test_the_ids_that_end_a_text_are_those_of_transformers(model_dir, name):
     assert ids[: ends[0] + 1 if ends else None] == case["new"]
 
 
+NO_BOS = {"bos_token": None}
+NO_EOS = NO_BOS | {"eos_token": None}
+
+
 @pytest.mark.parametrize(
-    ("config", "generation", "start", "ends"),
+    ("settings", "config", "generation", "start", "ends"),
     [
-        ((3, 4), {}, 3, {4}),
-        ((None, [4, 5]), {}, 4, {4, 5}),
-        ((3, 4), {"bos_token_id": 6, "eos_token_id": 7}, 6, {7}),
-        ((3, 4), {"eos_token_id": None}, 3, {4}),
-        ((REMOVE, REMOVE), {}, 279, {279}),  # the default, 50256, has no row
-        ((280, 5), {}, 5, {5}),
-        ((None, None), {}, 279, set()),
+        ({}, (3, 4), {}, 279, {4}),
+        ({"bos_token": "<new>"}, (3, 4), {}, 279, {4}),  # it has no row
+        (NO_BOS | {"eos_token": "h"}, (3, 4), {}, 71, {4}),
+        (NO_EOS, (3, [4, 5]), {}, 3, {4, 5}),
+        (NO_EOS, (None, [4, 5]), {"eos_token_id": None}, 4, {4, 5}),
+        (NO_EOS, (3, 4), {"bos_token_id": 6, "eos_token_id": 7}, 6, {7}),
+        ({}, (REMOVE, REMOVE), {}, 279, set()),  # the default, 50256, has no row
+        (NO_EOS, (280, None), {}, None, set()),
     ],
 )
-def test_the_ids_that_start_and_end_a_text(model_dir, config, generation, start, ends):
+def test_the_ids_that_start_and_end_a_text(model_dir, settings, config, generation, start, ends):
     config = dict(zip(("bos_token_id", "eos_token_id"), config, strict=True))
     edit(model_dir, {"config.json": config, "generation_config.json": generation})
+    edit(model_dir, {"tokenizer_config.json": settings})
     encoder = load_encoder(model_dir)
     assert encoder.decode([279]) == "<|endoftext|>"
     assert (encoder.start_id, encoder.end_ids) == (start, ends)
 
 
 def assert_ids(model_dir, name):
-    """The texts get the ids that tokenizers gives them with the vocabulary of a folder."""
+    """The texts get the ids that transformers gives them with the vocabulary of a folder."""
     encoder = load_encoder(model_dir)
     for text, ids in zip(EXPECTED["texts"], EXPECTED["ids"][name], strict=True):
         assert encoder.encode(text) == ids, text
@@ -202,49 +217,65 @@ def assert_ids(model_dir, name):
 
 
 @pytest.mark.parametrize("name", EXPECTED["ids"])
-def test_ids_are_those_of_tokenizers(name):
+def test_ids_are_those_of_transformers(name):
     assert_ids(FOLDER / name, name)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_each_setting_of_a_tokenizer_is_obeyed_or_refused(copy, name):
-    """The ids are those of transformers or, where it ignores its own file, of tokenizers."""
-    kind = TOKENIZERS[name]
-    model_dir = copy(kind.base)
-    edit(model_dir, kind.edits)
-    if kind.refused:
-        message = assert_one_line(model_dir, ValueError, kind.refused, load=load_encoder)
-        assert re.search(r"token\w+\.json|vocab\.json", message)
-        return
+def test_each_setting_of_a_tokenizer_is_obeyed(copy, name):
+    edits = TOKENIZERS[name]
+    model_dir = copy("tokenizer_json" if "tokenizer.json" in edits else "added_tokens")
+    edit(model_dir, edits)
     encoder = load_encoder(model_dir)
-    oracle = EXPECTED["tokenizers"][name]
-    found = [encoder.encode(text, allowed_special="all") for text in KIND_TEXTS]
-    assert found == oracle.get("transformers", oracle.get("tokenizers"))
-    if "special" in oracle:
-        assert sorted(encoder.special_tokens.values()) == oracle["special"]
+    ids, special = EXPECTED["tokenizers"][name]
+    assert [encoder.encode(text, allowed_special="all") for text in KIND_TEXTS] == ids
+    assert sorted(encoder.special_tokens.values()) == special
 
 
-def test_most_settings_of_a_tokenizer_are_obeyed():
-    assert len(TOKENIZERS) >= 60
-    assert sum(kind.refused is None for kind in TOKENIZERS.values()) >= 40
+@pytest.mark.parametrize(("file", "setting", "value"), ODD)
+def test_what_is_not_supported_is_refused_by_name(copy, file, setting, value):
+    model_dir = copy("tokenizer_json")
+    edit(model_dir, {file: {setting: value}})
+    assert_one_line(model_dir, ValueError, model_dir / file, setting, load=load_encoder)
+
+
+@pytest.mark.parametrize("first", range(0, N_RANDOM, 50))
+def test_random_tokenizers_are_obeyed_or_refused(copy, first):
+    """Ids and texts are those of transformers, or one line names the file and the setting."""
+    n_refused = 0
+    for seed in range(first, first + 50):
+        edits, texts = random_tokenizer(seed)
+        model_dir = copy("tokenizer_json", str(seed))
+        edit(model_dir, edits)
+        try:
+            encoder = load_encoder(model_dir)
+        except ValueError:
+            assert_one_line(model_dir, ValueError, "/tokenizer", ".json: ", load=load_encoder)
+            n_refused += 1
+            continue
+        for text, answer in zip(texts, EXPECTED["random"][seed], strict=True):
+            if answer is None:  # tokenizers cannot do it, either
+                continue
+            ids, without_special, decoded = answer
+            assert encoder.encode(text, allowed_special="all") == ids, (seed, text)
+            assert encoder.encode(text) == without_special, (seed, text)
+            decoder = TextDecoder(encoder)
+            pieces = [decoder.decode([token_id]) for token_id in ids]
+            assert "".join(pieces) + decoder.decode([], final=True) == decoded
+            assert encoder.decode(ids) == decoded
+    assert n_refused <= 12
 
 
 # The vocabulary
 
 
-@pytest.mark.parametrize(
-    ("n_rows", "n_vocab", "warns"),
-    [(407, 280, False), (408, 280, True), (279, 279, False), (153, 153, False), (152, 152, True)],
-)
-def test_rows_and_tokens_that_do_not_match(model_dir, capsys, n_rows, n_vocab, warns):
+@pytest.mark.parametrize(("n_rows", "n_vocab"), [(281, 280), (408, 280), (279, 279), (152, 152)])
+def test_rows_and_tokens_that_do_not_match(model_dir, n_rows, n_vocab):
     """There are 280 tokens. Ids without a row or a token are neither generated nor accepted."""
     wte = np.resize(TENSORS["wte.weight"], (n_rows, 8))
     write_tensors(model_dir / WEIGHTS, TENSORS | {"wte.weight": wte})
     edit(model_dir, {"config.json": {"vocab_size": n_rows}})
     encoder, hparams, params = load(model_dir)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == warns
-    assert all(f"{n_rows} rows" in line and "280 tokens" in line for line in lines)
     assert hparams["n_vocab"] == len(params["wte"]) == n_vocab
     assert encoder.encode("<|endoftext|>", allowed_special="all") == [279]
     with pytest.raises(ValueError, match="280"):
@@ -253,58 +284,20 @@ def test_rows_and_tokens_that_do_not_match(model_dir, capsys, n_rows, n_vocab, w
         gpt2([n_vocab], **params, n_head=hparams["n_head"])
 
 
-def test_special_tokens_are_decoded_as_written():
-    for folder, name, token_id in [
-        ("special_tokens_first", "<mask>", 4),
-        ("added_tokens", "<|endoftext|>", 286),
-        ("tokenizer_json", "<|user name|>", 287),
-    ]:
-        encoder = load_encoder(FOLDER / folder)
-        assert encoder.decode([token_id]) == name
-        assert token_id not in encoder.encode(name)  # in a text, it is ordinary text
-
-
-@pytest.mark.parametrize(("ignored", "tokens"), [(False, ["Ġth", "e"]), (True, ["Ġthe"])])
-def test_a_word_that_is_a_token_without_merges(copy, ignored, tokens):
-    """tokenizers makes " the" only by merges, unless ignore_merges is set."""
+@pytest.mark.parametrize("setting", [None, "fuse_unk", "byte_fallback"])
+def test_a_missing_byte_is_unknown_or_an_error(copy, setting):
     model_dir = copy("tokenizer_json")
-    changes = {"model.merges": [["Ġ", "t"], ["Ġt", "h"]], "model.ignore_merges": ignored}
-    edit(model_dir, {"tokenizer.json": changes})
+    changes = {"model.vocab.z": REMOVE, "model.vocab.<|endoftext|>": 89, "added_tokens": []}
+    edit(model_dir, {"tokenizer.json": changes, "tokenizer_config.json": FAST})
+    with pytest.raises(ValueError, match="no tokens for a character of 'azzb'"):
+        load_encoder(model_dir).encode("azzb")
+    edit(model_dir, {"tokenizer.json": {"model.unk_token": "!", f"model.{setting}": True}})
     encoder = load_encoder(model_dir)
-    assert encoder.encode(" the") == [encoder.encoder[name] for name in tokens]
-
-
-def test_the_older_form_of_tokenizer_json(copy):
-    """As in openai-community/gpt2: each merge is one text, and use_regex is absent.
-
-    A tokenizer.json comes before vocab.json, as AutoTokenizer of transformers 5 has it.
-    """
-    model_dir = copy("tokenizer_json")
-    content = json.loads((model_dir / "tokenizer.json").read_text(encoding="utf-8"))
-    merges = [" ".join(merge) for merge in content["model"]["merges"]]
-    absent = {"pre_tokenizer.use_regex": REMOVE, "model.ignore_merges": REMOVE}
-    edit(model_dir, {"tokenizer.json": {"model.merges": merges} | absent})
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(FOLDER / "special_tokens_first" / name, model_dir)
-    assert_ids(model_dir, "tokenizer_json")
-
-
-def test_a_missing_byte_is_an_error_only_where_it_is_needed(copy):
-    model_dir = copy("tokenizer_json")
-    content = json.loads((model_dir / "tokenizer.json").read_text(encoding="utf-8"))
-    names = [name for name in content["model"]["vocab"] if name != "z"]
-    vocabulary = {name: i for i, name in enumerate(names)}
-    edit(model_dir, {"tokenizer.json": {"model.vocab": vocabulary, "added_tokens": []}})
-    with pytest.raises(ValueError, match="'z'"):
-        load_encoder(model_dir).encode("a zoo")
-    edit(model_dir, {"tokenizer.json": {"model.unk_token": "!"}})
-    encoder = load_encoder(model_dir)
-    assert [encoder.decoder[i] for i in encoder.encode("azzb")] == ["a", "!", "!", "b"]
-    for setting in ("model.fuse_unk", "model.byte_fallback"):
-        edit(model_dir, {"tokenizer.json": {setting: True}})
-        with pytest.raises(ValueError, match="'z'"):
-            load_encoder(model_dir).encode("azzb")
-        edit(model_dir, {"tokenizer.json": {setting: False}})
+    if setting is None:
+        assert [encoder.decoder[i] for i in encoder.encode("azzb")] == ["a", "!", "!", "b"]
+    else:  # there, unknown bytes are not always one token each
+        with pytest.raises(ValueError, match="azzb"):
+            encoder.encode("azzb")
 
 
 TOKENIZER_FAULTS = {
@@ -317,7 +310,6 @@ TOKENIZER_FAULTS = {
     "an id beyond the count": {"model.vocab.th": 300},
     "vocabulary is a list": {"model.vocab": []},
     "added tokens are numbers": {"added_tokens": [1]},
-    "added token with another id": {"added_tokens.0.id": 5},
     "added token is half a character": {"added_tokens.1.content": "\ud800"},
     "template without its token": {"post_processor": {"type": "TemplateProcessing", "single": [1]}},
 }
@@ -335,37 +327,44 @@ def test_a_damaged_tokenizer_is_refused(copy, fault):
 
 def test_absent_keys_have_the_defaults_of_gpt2config(model_dir):
     (model_dir / "config.json").write_text("{}")
-    config = read_config(str(model_dir / "config.json"))
-    assert config == {key: EXPECTED["defaults"][key] for key in config}
-    assert EXPECTED["defaults"]["eos_token_id"] == DEFAULT_END
-    assert_one_line(model_dir, ValueError, "[50257, 768]")
+    config = read_config(model_dir)
+    defaults = EXPECTED["defaults"]
+    assert (config["n_vocab"], config["n_ctx"]) == (defaults["vocab_size"], defaults["n_positions"])
+    for key in ("n_embd", "n_head", "n_layer", "layer_norm_epsilon"):
+        assert config[key] == defaults[key]
+    assert defaults["bos_token_id"] == defaults["eos_token_id"] == DEFAULT_ID
+    plain = {"n_layer": 2, "n_embd": 8, "n_head": 2, "n_positions": 64, "vocab_size": 280}
+    for settings in (plain, {key: defaults.get(key) for key in CONFIG_SETTINGS} | plain):
+        (model_dir / "config.json").write_text(json.dumps(settings))
+        assert_params(load(model_dir)[2], TENSORS)
 
 
 def test_settings_that_do_not_change_the_computation(model_dir):
-    changes = {"activation_function": "gelu_pytorch_tanh", "layer_norm_epsilon": 0.00001}
-    changes |= {"n_inner": 32, "reorder_and_upcast_attn": True, "torch_dtype": "float16"}
-    changes |= {"resid_pdrop": 0.9, "anything": {"nested": [1]}, "n_ctx": 32}
-    for old_name in ({}, {"n_ctx": 64, "n_positions": REMOVE}):
-        edit(model_dir, {"config.json": changes | old_name})
-        _, hparams, params = load(model_dir)
-        assert hparams["n_ctx"] == 64
-        assert_params(params, TENSORS)
+    changes = {"n_inner": 32, "reorder_and_upcast_attn": True, "anything": {"nested": [1]}}
+    edit(model_dir, {"config.json": changes | {"n_ctx": 64, "n_positions": REMOVE}})
+    _, hparams, params = load(model_dir)
+    assert hparams["n_ctx"] == 64
+    assert_params(params, TENSORS)
 
 
 REFUSED = {
-    "activation_function": ["gelu_fast", None, ["gelu_new"], 1],
-    "layer_norm_epsilon": [0, -1e-5, "1e-05", None, math.nan, math.inf],
-    "scale_attn_weights": [0, None, "true"],
-    "scale_attn_by_inverse_layer_idx": [1, "false"],
+    "activation_function": ["gelu_fast", ["gelu_new"], 1],
+    "layer_norm_epsilon": [0, "1e-05", None],
+    "scale_attn_weights": ["true"],
+    "scale_attn_by_inverse_layer_idx": ["false"],
     "add_cross_attention": [True, []],
-    "tie_word_embeddings": [False, None],
-    "model_type": ["gptj", None, {}],
+    "tie_word_embeddings": [False],
+    "model_type": ["gptj", {}],
+    "quantization_config": [{"load_in_8bit": True}],
+    "torch_dtype": ["float64", "int8"],
+    "dtype": ["float8_e4m3fn"],
+    "tokenizer_class": ["BertTokenizer"],
     "n_head": [3, 0, -2, 2.0, True, "2", None, [2], math.nan],
     "n_layer": [1, 3, 0, 10**9],
     "n_embd": [4, 16, 0, None],
     "n_positions": [63, 65, 10**30, None],
     "vocab_size": [279, 281, -280, 280.0],
-    "n_inner": [31, 33, 0, "32", True, [32], math.nan],
+    "n_inner": [31, 33],
 }
 
 
@@ -452,7 +451,7 @@ def test_files_that_nobody_names_are_not_read(model_dir):
 def test_a_missing_file_is_named(copy, model, name):
     model_dir = copy(model)
     (model_dir / name).unlink()
-    assert_one_line(model_dir, FileNotFoundError, name)
+    assert_one_line(model_dir, (FileNotFoundError, ValueError), name)
 
 
 # Damage
@@ -461,12 +460,13 @@ HEAD = WTE.copy()
 HEAD[-1, -1] += 1
 BIAS = TENSORS["ln_f.bias"]
 WRONG_TENSORS = {
-    "lm_head.weight": TENSORS | {"lm_head.weight": HEAD},
-    "ln_f.bias": TENSORS | {"transformer.ln_f.bias": BIAS},
-    "wte.weight is missing": WITHOUT_WTE,
+    "model.safetensors: lm_head.weight differs": TENSORS | {"lm_head.weight": HEAD},
+    "model/wte is missing": WITHOUT_WTE,
     "n_layer": TENSORS | {"h.2.ln_1.bias": BIAS},
-    "ln_f.bias has shape [2, 8]": TENSORS | {"ln_f.bias": np.stack([BIAS, BIAS])},
-    "wte.weight has shape [0, 8]": TENSORS | {"wte.weight": WTE[:0]},
+    "model/ln_f/b has shape [2, 8]": TENSORS | {"ln_f.bias": np.stack([BIAS, BIAS])},
+    "model/wte has shape [0, 8]": TENSORS | {"wte.weight": WTE[:0]},
+    "model.safetensors cannot be read: ValueError: a tensor has the type 'F64'": TENSORS
+    | {"ln_f.bias": BIAS.astype(np.float64)},
 }
 
 
@@ -474,13 +474,6 @@ WRONG_TENSORS = {
 def test_wrong_tensors_are_refused(model_dir, message):
     write_tensors(model_dir / WEIGHTS, WRONG_TENSORS[message])
     assert_one_line(model_dir, ValueError, message)
-
-
-def test_a_name_in_two_files(copy):
-    model_dir = copy("sharded")
-    for name in ("wte.weight", "transformer.wte.weight"):
-        write_tensors(model_dir / "model-00003-of-00003.safetensors", {name: WTE})
-        assert_one_line(model_dir, ValueError, "wte.weight")
 
 
 def test_a_damaged_index(copy):
@@ -495,15 +488,11 @@ BEGIN, STOP = HEADER[C_FC]["data_offsets"]
 HEADER_FAULTS = {
     "data_offsets": [
         *([BEGIN - 4, STOP - 4], [BEGIN, STOP + 4], [BEGIN + 4, STOP + 4], [BEGIN, BEGIN]),
-        *([BEGIN, STOP + 2**64], [BEGIN + 2**64, STOP + 2**64], [STOP, BEGIN], [-1024, 0]),
-        *([float(BEGIN), float(STOP)], [str(BEGIN), str(STOP)], [None, None], [[BEGIN], [STOP]]),
-        *([math.nan, math.nan], [BEGIN, math.inf], [BEGIN], [BEGIN, STOP, STOP], {}, None),
+        *([BEGIN, STOP + 2**64], [STOP, BEGIN], [float(BEGIN), float(STOP)], [None, None]),
+        *([BEGIN, math.inf], [BEGIN], [BEGIN, STOP, STOP], {}, None),
     ],
-    "shape": [
-        *([32, 8], [256], [8, 31], [-8, -32], [8, 32 + 2**61], [10**30, 10**30], [0, 32]),
-        *([8.0, 32], [8, math.nan], "8,32", None, [1] * 1000 + [8, 32]),
-    ],
-    "dtype": ["F31", "F16", "I32", "F64", "", None, ["F32"], "F32\n"],
+    "shape": [[32, 8], [8, 31], [-8, -32], [8, 32 + 2**61], [8.0, 32], "8,32", None],
+    "dtype": ["F31", "F16", "I32", "", None, ["F32"]],
 }
 
 
@@ -551,19 +540,16 @@ def test_damaged_weights_are_refused(model_dir):
     path = model_dir / WEIGHTS
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
-    cuts = [0, 7, 8, 9, 8 + length, len(content) - 4, len(content) - 1]
+    cuts = [0, 7, 8, 9, 8 + length, len(content) - 1]
     cuts += random.Random(0).sample(range(len(content)), N_FLIPS // 2)
-    damaged = [content[:cut] for cut in cuts]
-    damaged.append(content + bytes(4))
-    for change in (-(2**31), -100, -1, 1, 8, 2**20, 2**32, 2**63):
-        damaged.append(((length + change) % 2**64).to_bytes(8, "little") + content[8:])
+    damaged = [content[:cut] for cut in cuts] + [content + bytes(4)]
+    for wrong in (0, length - 1, length + 8, length + 2**63):
+        damaged.append(wrong.to_bytes(8, "little") + content[8:])
     for header in JUNK + JUNK_HEADERS:
         damaged.append(len(header).to_bytes(8, "little") + header + DATA)
     for wrong in damaged:
         path.write_bytes(wrong)
         assert_one_line(model_dir, ValueError, WEIGHTS)
-    path.write_bytes((10**8).to_bytes(8, "little") + content)
-    assert_one_line(model_dir, ValueError, WEIGHTS, "too long")
 
 
 def flip(content, rng, start=0, end=None):
@@ -610,46 +596,27 @@ def test_damaged_files_are_refused_or_right(copy, model, name, least):
         except (ValueError, OSError) as error:
             message = str(error)
             assert "\n" not in message
-            assert str(model_dir) in message or "no tokens for the character" in message
+            assert str(model_dir) in message or "no tokens for a character" in message
     assert n_right > least
 
 
 def test_a_pickle_is_never_opened(model_dir):
     (model_dir / "pytorch_model.bin").mkdir()  # so to open it is an error
+    (model_dir / "adapter_config.json").write_text("{}")
     load(model_dir)
     (model_dir / WEIGHTS).unlink()
-    assert_one_line(model_dir, FileNotFoundError, "convert *.bin", "save_pretrained")
+    found = ("pytorch_model.bin", "adapter_config.json")
+    assert_one_line(model_dir, FileNotFoundError, *found, "save_pretrained")
+    (model_dir / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert_one_line(model_dir, ValueError, WEIGHTS, "git lfs pull")
 
 
-# Without TensorFlow
-
-
-@pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    """A copy of models/tiny, whose SHA-256 is known. TensorFlow cannot be imported."""
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
-    return copy_model(REAL_MODELS_DIR / "tiny", tmp_path / "tiny")
-
-
-@pytest.mark.parametrize("recorded", [False, True])
-def test_only_a_wrong_byte_needs_tensorflow(tiny, recorded):
-    if recorded:
-        load(tiny)
-    path = tiny / "model.ckpt.data-00000-of-00001"
-    data = path.read_bytes()
-    rng = random.Random(0)
-    for damaged in [*[flip(data, rng) for _ in range(5)], data[:-1] + b"x"]:
-        path.write_bytes(damaged)
-        assert_one_line(tiny, ImportError, "pip install ")
-    path.write_bytes(data)
-    assert all(map(is_mapped, flat(load(tiny)[2]).values()))
-
-
-def test_a_damaged_record_does_no_harm(tiny):
-    load(tiny)
-    record = tiny / "model.ckpt.verified.json"
-    intact = record.read_bytes()
-    for damaged in [*JUNK, intact[:-1], intact.replace(b"0", b"1")]:
-        record.write_bytes(damaged)
-        load(tiny)
-        assert record.read_bytes() == intact
+def test_encoders_that_encode_differently_have_another_identity(copy):
+    model_dir = copy("tokenizer_json")
+    identities = {load_encoder(model_dir).identity()}
+    edit(model_dir, {"tokenizer_config.json": {"add_prefix_space": True}})
+    identities.add(load_encoder(model_dir).identity())
+    edit(model_dir, {"tokenizer.json": {"added_tokens.1.lstrip": True}})
+    identities.add(load_encoder(model_dir).identity())
+    assert len(identities) == 3
+    assert load_encoder(model_dir).identity() in identities
