@@ -242,18 +242,12 @@ def float64_layer_norm(x, g, b):
 
 
 def float64_gpt2(ids, params, n_head):
-    """The logits [n_seq, n_vocab] of a GPT-2 in float64, one head and one query at a time.
-
-    Products this small take many times longer in several BLAS threads on a busy machine.
-    """
-    from gpt2 import one_blas_thread
-
+    """The logits [n_seq, n_vocab] of a GPT-2 in float64, one head and one query at a time."""
     params = map_arrays(lambda array: array.astype(np.float64, copy=False), params)
     x = params["wte"][ids] + params["wpe"][: len(ids)]
-    with one_blas_thread():
-        for block in params["blocks"]:
-            x = float64_block(x, n_head, **block)
-        return float64_layer_norm(x, **params["ln_f"]) @ params["wte"].T
+    for block in params["blocks"]:
+        x = float64_block(x, n_head, **block)
+    return float64_layer_norm(x, **params["ln_f"]) @ params["wte"].T
 
 
 def float64_block(x, n_head, ln_1, attn, ln_2, mlp):
