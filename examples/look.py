@@ -1,100 +1,80 @@
 """See what GPT-2 sees in a text: in the terminal, as a table for other programs, or as a page.
 
-    python -m examples.look "To be, or not to be" --model_size tiny
-    python -m examples.look - --model_size 124M --html page.html < text.txt
+    python examples/look.py "To be, or not to be" --model_size tiny
+    python examples/look.py - --model_size 124M --html page.html < text.txt
 
-`logit_lens` and `attention_weights` stand alone: copy them into a notebook, together with
-`hidden_states` and `unembed`. The dimensions have the names that gpt2.py explains at its top.
+The functions of the first section are for programs and notebooks, too:
+
+    from examples.look import attention_weights, hidden_states, logit_lens
+
+The dimensions have the names that gpt2.py explains at its top.
 """
 
-import argparse
 import base64
 import contextlib
-import errno
 import hashlib
-import html
 import itertools
 import json
 import math
 import os
-import re
-import shutil
-import stat
 import sys
-import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import regex
-from numpy.typing import NDArray
 
 # If this file is run by its path, Python looks for modules in examples/, not in the folder above.
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))
 
 from encoder import Encoder
+from fast import matmul, own_threads
 from gpt2 import (
     causal_mask,
     check_ids,
-    decoded,
     gpt2,
     layer_norm,
     linear,
-    log_softmax,
-    matmul,
     softmax,
     transformer_block,
-    with_own_threads,
 )
-from utils import (
-    UsageError,
-    complain,
-    load_encoder_hparams_and_params,
-    read_text,
-    run_command,
-)
+from terminal import given_text, note, read_text, run
+from utils import load_encoder_hparams_and_params
 
-PROGRAM = "look.py"
 N_LIKELIEST = 10
 N_LENS = 3  # how many tokens the page shows for each layer
-N_ATTENDED = 5  # how many attended tokens the page lists
 MAX_ATTENTION_TOKENS = 256
-TEMPLATE = Path(__file__).with_name("look.html")
 
-Array = NDArray[np.float32]
+Array = np.ndarray
 Ids = Sequence[int]
-Params = dict[str, Any]
-Prediction = dict[str, Any]
-Reading = dict[str, Any]
-Lens = list[list[Prediction]]
 
 # Inside the model
 
 
-@with_own_threads
-def hidden_states(ids: Ids, params: Params, n_head: int) -> Array:
+def hidden_states(ids: Ids, params: dict, n_head: int) -> Array:
     """Return the input of each layer and the output of the last one.
 
     ids [n_seq] -> float32 [n_layer + 1, n_seq, n_embd]. Raises TypeError or ValueError for ids
     that are not in the vocabulary or do not fit into the context.
     """
-    token_ids = check_ids(ids, len(params["wte"]), max_ndim=1)
+    token_ids = check_ids(ids, len(params["wte"]))
     n_seq = len(token_ids)
     n_ctx = len(params["wpe"])
     if n_seq > n_ctx:
         raise ValueError(f"{n_seq} token ids do not fit into the context of {n_ctx}")
-    x = params["wte"][token_ids] + params["wpe"][:n_seq]
-    states = [x]
-    for block in params["blocks"]:
-        x = transformer_block(x, **block, n_head=n_head)
-        states.append(x)
+    with own_threads(n_seq):
+        x = params["wte"][token_ids] + params["wpe"][:n_seq]
+        states = [x]
+        for block in params["blocks"]:
+            x = transformer_block(x, **block, n_head=n_head)
+            states.append(x)
     return np.stack(states)
 
 
-def unembed(x: Array, params: Params) -> Array:
+def unembed(x: Array, params: dict) -> Array:
     """Predict the next token from hidden states, as the last lines of `gpt2` do.
 
     x [..., n_embd] -> logits [..., n_vocab].
@@ -102,7 +82,7 @@ def unembed(x: Array, params: Params) -> Array:
     return matmul(layer_norm(x, **params["ln_f"]), params["wte"].T)
 
 
-def logit_lens(ids: Ids, params: Params, n_head: int) -> Array:
+def logit_lens(ids: Ids, params: dict, n_head: int) -> Array:
     """Predict the next tokens after each layer.
 
     ids [n_seq] -> logits [n_layer + 1, n_seq, n_vocab]. logit_lens(...)[k] is what `gpt2` returns
@@ -114,141 +94,138 @@ def logit_lens(ids: Ids, params: Params, n_head: int) -> Array:
     return np.stack([unembed(x, params) for x in hidden_states(ids, params, n_head)])
 
 
-@with_own_threads
-def attention_weights(ids: Ids, params: Params, n_head: int) -> Array:
+def attention_weights(ids: Ids, params: dict, n_head: int) -> Array:
     """Return how strongly each token looks at each other one.
 
     ids [n_seq] -> weights [n_layer, n_head, n_seq, n_seq]. weights[layer, head, i, j] is the weight
     of token j's value for token i. It is 0 for j > i, which is in the future. The sum over j is 1.
     """
-    weights = []
     states = hidden_states(ids, params, n_head)
-    n_seq = states.shape[1]
-    for x, block in zip(states[:-1], params["blocks"], strict=True):
-        attn = block["attn"]
-        qkv = linear(layer_norm(x, **block["ln_1"]), **attn["c_attn"])  # [n_seq, 3 * n_embd]
+    n_seq = len(states[0])
+    weights = []
+    for layer, block in enumerate(params["blocks"]):
+        x = layer_norm(states[layer], **block["ln_1"])
+        qkv = linear(x, **block["attn"]["c_attn"])  # [n_seq, 3 * n_embd]
         qkv = qkv.reshape(n_seq, 3, n_head, -1)
         q, k, _ = qkv.transpose(1, 2, 0, 3)  # [n_head, n_seq, d_head] each
-        d_head = q.shape[-1]
-        scale = attn.get("scale", 1 / math.sqrt(d_head))
-        scores = q * np.float32(scale) @ k.swapaxes(-1, -2)  # [n_head, n_seq, n_seq]
+        q = q / math.sqrt(q.shape[-1])
+        scores = q @ k.swapaxes(-1, -2)  # [n_head, n_seq, n_seq]
         weights.append(softmax(scores + causal_mask(n_seq, n_seq)))
     return np.stack(weights)
 
 
 # Reading a text
 
+
+class Prediction(NamedTuple):
+    """What the model expected at a place. Bits are -log2 of a probability."""
+
+    likeliest: list[int]  # ids, the likeliest first
+    likeliest_bits: list[float]
+    token_id: int  # the token that came
+    rank: int  # its rank: 1 is the likeliest token
+    bits: float
+
+
+class Reading(NamedTuple):
+    """A text as the model sees it. What stands before the text counts in no figure."""
+
+    start_ids: list[int]  # stand before the text, so that its first token is predicted, too
+    ids: list[int]  # the tokens of the text, as many as fit into the context
+    n_left_out: int  # how many do not fit
+    predictions: list[Prediction]  # for each of ids, then for the token that would follow
+    perplexity: float
+    bits_per_byte: float
+
+
 # Damaged parameters give one error, not many warnings.
-no_warnings = np.errstate(over="ignore", invalid="ignore", divide="ignore")
+no_warnings = np.errstate(all="ignore")
 
 
 @no_warnings
-def read(text: str, encoder: Encoder, params: Params, n_head: int) -> Reading:
-    """Run the model over a text -> {"ids", "n_left_out", "predictions"}.
-
-    ids: the id that starts a text, so that the first token is predicted, too; then the tokens of
-    the text, as many as fit into the context. n_left_out: how many do not fit. predictions: for
-    each token of the text what `prediction` returns, then one for the token that would follow.
+def read(text: str, model: tuple) -> Reading:
+    """Run a model, (encoder, hparams, params), over a text.
 
     Raises ValueError for an empty text, for a vocabulary without an id that starts a text, and for
     damaged parameters.
     """
-    if encoder.start_id is None:
+    encoder, hparams, params = model
+    template_ids = encoder.encode("")  # what `encode` puts before every text
+    start_ids = template_ids or [encoder.start_id]
+    if None in start_ids:
         raise ValueError("the vocabulary has no token that starts a text")
-    if not text:
-        raise ValueError("the text is empty")
-    all_ids = encoder.encode(text)
-    if not encoder.first_ids:  # else encode has begun the text
-        all_ids = [encoder.start_id, *all_ids]
-    ids = all_ids[: len(params["wpe"])]
-    logits = gpt2(ids, **params, n_head=n_head)
-    targets = [*ids[1:], None]
-    return {
-        "ids": ids,
-        "n_left_out": len(all_ids) - len(ids),
-        "predictions": [prediction(*pair) for pair in zip(logits, targets, strict=True)],
-    }
+    all_ids = encoder.encode(text)[len(template_ids) :]
+    ids = all_ids[: len(params["wpe"]) - len(start_ids)]
+    if not ids:
+        raise ValueError("the text is empty, or the context has no place for it")
+    logits = gpt2([*start_ids, *ids], **params, n_head=hparams["n_head"], n_out=1 + len(ids))
+    predictions = predict(logits, ids, N_LIKELIEST)
+    bits = [each.bits for each in predictions[:-1]]
+    return Reading(
+        start_ids,
+        ids,
+        len(all_ids) - len(ids),
+        predictions,
+        perplexity=float(np.exp2(np.mean(bits))),
+        bits_per_byte=sum(bits) / len(encoder.decode_bytes(ids)),
+    )
 
 
-def prediction(
-    logits: Array, target: int | None = None, n_likeliest: int = N_LIKELIEST
-) -> Prediction:
-    """Describe what logits [n_vocab] predict -> {"likeliest": ids, "probs": their probabilities}.
+def predict(logits: Array, ids: Ids, n_likeliest: int) -> list[Prediction]:
+    """Turn logits [len(ids) + 1, n_vocab] into predictions for ids and for the token after them.
 
-    The likeliest token comes first. For a target id also {"prob", "rank", "bits"}: rank 1 is the
-    likeliest token, and bits is -log2(prob). Raises ValueError if a logit is not finite.
+    The likeliest token is taken for the one that comes after them. Raises ValueError if a logit is
+    not finite.
     """
     if not np.isfinite(logits).all():
         raise ValueError("the logits are not finite: the parameters are damaged")
-    log_p = log_softmax(logits)
-    n_likeliest = min(n_likeliest, len(logits))
-    least = np.partition(logits, -n_likeliest)[-n_likeliest]
-    candidates = np.flatnonzero(logits >= least)  # more, if some tie with the last one
-    order = np.argsort(-logits[candidates], kind="stable")
-    likeliest = candidates[order[:n_likeliest]]
-    described = {
-        "likeliest": likeliest.tolist(),
-        "probs": np.exp(log_p[likeliest]).tolist(),
-    }
-    if target is not None:
-        described["prob"] = float(np.exp(log_p[target]))
-        described["rank"] = 1 + int((logits > logits[target]).sum())
-        described["bits"] = float(-log_p[target] / math.log(2))
-    return described
-
-
-class Figures(NamedTuple):
-    """Figures of a text. Without tokens, there are no averages."""
-
-    n_tokens: int
-    perplexity: float | None
-    bits_per_byte: float | None
-
-
-def figures(reading: Reading, encoder: Encoder) -> Figures:
-    """Return the figures of a reading. The start does not count."""
-    bits = [each["bits"] for each in reading["predictions"][:-1]]
-    if not bits:
-        return Figures(0, None, None)
-    n_bytes = len(encoder.decode_bytes(reading["ids"][1:]))
-    with np.errstate(over="ignore"):
-        perplexity = float(np.exp2(np.mean(bits)))
-    return Figures(len(bits), perplexity, sum(bits) / n_bytes)
+    next_id = int(logits[-1].argmax())
+    predictions = []
+    for row, token_id in zip(logits, [*ids, next_id], strict=True):
+        likeliest = np.argpartition(-row, n_likeliest - 1)[:n_likeliest]
+        order = np.lexsort((likeliest, -row[likeliest]))  # of equal logits, the lower id first
+        likeliest = likeliest[order]
+        shifted = row - row.max()
+        total = np.exp(shifted).sum()
+        bits = (np.log(total) - shifted) / math.log(2)
+        bits = bits.astype(np.float64).round(5)  # float32 has no more digits
+        rank = 1 + int((row > row[token_id]).sum())
+        predictions.append(
+            Prediction(
+                likeliest.tolist(),
+                bits[likeliest].tolist(),
+                token_id,
+                rank,
+                float(bits[token_id]),
+            )
+        )
+    return predictions
 
 
 # Tokens as text
 
 
 def visible(text: str, keep: str = "") -> str:
-    r"""Write invisible characters and bytes as escapes: a line break as \n, a byte as \xf0.
-
-    A backslash is doubled. keep: characters to leave as they are. Bytes are lone surrogates, as
-    the error handler "surrogateescape" makes them.
-    """
-    # \X is a character as people see it: an emoji may consist of several code points. A lone byte
-    # stays apart from an accent after it.
-    characters = regex.findall(r"\p{Cs}|\X", text)
-    return "".join(visible_character(each, keep) for each in characters)
-
-
-def visible_character(character: str, keep: str) -> str:
-    category = unicodedata.category(character[0])
-    if category == "Cs":
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    is_hidden = character == "\\" or category in ("Cc", "Cf", "Zl", "Zp")
-    if is_hidden and character not in keep:
-        return character.encode("unicode_escape").decode()
-    if category.startswith("M"):
-        return "◌" + character  # an accent alone needs something to stand on
-    return character
+    r"""Write invisible characters as escapes: a line break as \n. keep: those to leave."""
+    characters = []
+    for character in regex.findall(r"\X", text):  # as people see it: with accents, a whole emoji
+        if regex.match(r"\p{M}", character):
+            character = "◌" + character  # an accent alone needs something to stand on
+        elif regex.match(r"[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]", character) and character not in keep:
+            character = character.encode("unicode_escape").decode()
+        characters.append(character)
+    return "".join(characters)
 
 
 def token_text(token_id: int, encoder: Encoder) -> str:
-    """Return a token as visible text, or its number in brackets if it only pads the vocabulary."""
+    r"""Return a token as visible text: a part of a character as \xf0, a backslash doubled.
+
+    A token that only pads the vocabulary is its number in brackets.
+    """
     if token_id not in encoder.decoder:
         return f"[{token_id}]"
-    text = encoder.decode_bytes([token_id]).decode("utf-8", "surrogateescape")
-    return visible(text)
+    content = encoder.decode_bytes([token_id]).replace(b"\\", rb"\\")
+    return visible(content.decode("utf-8", "backslashreplace"))
 
 
 def label(token_id: int, encoder: Encoder) -> str:
@@ -264,154 +241,111 @@ class Group(NamedTuple):
 
 
 def groups(ids: Ids, encoder: Encoder) -> list[Group]:
-    """Group tokens that share a character.
-
-    A character is what people see as one: an emoji, a letter with its accents.
-    """
-    pieces = [encoder.decode_bytes([token_id]) for token_id in ids]
-    text = b"".join(pieces).decode("utf-8", "ignore")
-    sizes = [len(character.encode()) for character in regex.findall(r"\X", text)]
+    """Group tokens that share a character, as people see it: an emoji, a letter with accents."""
+    text = encoder.decode_bytes(ids).decode("utf-8", "ignore")
+    characters = regex.findall(r"\X", text)
+    sizes = [len(character.encode()) for character in characters]
     ends = set(itertools.accumulate(sizes))
     grouped = []
     group = []
     n_bytes = 0
-    for piece in pieces:
-        group.append(piece)
-        n_bytes += len(piece)
+    for token_id in ids:
+        group.append(token_id)
+        n_bytes += len(encoder.decode_bytes([token_id]))
         if n_bytes in ends:
             grouped.append(group)
             group = []
     if group:  # the text ends inside a character
         grouped.append(group)
-    return [Group(group_text(group), len(group)) for group in grouped]
-
-
-def group_text(pieces: list[bytes]) -> str:
-    text = b"".join(pieces).decode("utf-8", "replace")
-    return visible(text, keep="\n\t\\")
+    return [Group(visible(encoder.decode(each), "\n\t"), len(each)) for each in grouped]
 
 
 # In the terminal
 
 
 class Shade(NamedTuple):
-    """A colour for ranks up to a limit: one of the terminal's 256."""
+    """A colour for ranks up to a limit, in two tints: numbers of the terminal's 256 colours."""
 
     max_rank: float
     name: str
-    colour: int
+    tint: int
+    other_tint: int  # for a token after one of the first tint, so that their border can be seen
 
 
 SHADES = (  # pale to strong
-    Shade(10, "rank 1 to 10", 195),
-    Shade(100, "to 100", 222),
-    Shade(1000, "to 1,000", 209),
-    Shade(math.inf, "beyond", 176),
+    Shade(10, "rank 1 to 10", 195, 159),
+    Shade(100, "to 100", 229, 227),
+    Shade(1000, "to 1,000", 209, 203),
+    Shade(math.inf, "beyond", 176, 170),
 )
 
 
-def painted(text: str, rank: float, colours: bool) -> str:
-    """Return text on the colour of a rank.
+def painted(text: str, colour: int) -> str:
+    """Return text on a colour, which does not run to the edge of the terminal after a line."""
+    escaped = rf"\033[38;5;16;48;5;{colour}m\g<0>\033[0m"
+    return regex.sub(r"[^\n]+", escaped, text.replace("\n", "↵\n"))
 
-    It is coloured line by line, so that no colour runs to the edge of the terminal.
+
+def percent(bits: float) -> str:
+    """Format the probability that has these bits."""
+    return f"{100 * 2**-bits:.3g}%"
+
+
+def terminal_view(reading: Reading, encoder: Encoder) -> str:
+    """Return the text in the colours of its ranks, surprising tokens, likely next ones, figures.
+
+    Without colours, there is nothing to see in the text, and it is left out.
     """
-    if not colours:
-        return text
-    colour = next(shade.colour for shade in SHADES if rank <= shade.max_rank)
-    marked = text.replace("\n", "↵\n")
-    return re.sub(r"[^\n]+", rf"\033[38;5;16;48;5;{colour}m\g<0>\033[0m", marked)
-
-
-def percent(p: float) -> str:
-    """Format a probability as the page does: 43.1%, 2.04%, 0.0031%, 1.7e-8%."""
-    if p >= 0.1:
-        return f"{100 * p:.1f}%"
-    if p >= 0.001:
-        return f"{100 * p:.2f}%"
-    return f"{100 * p:#.2g}%".replace("e-0", "e-")
-
-
-def n_columns(text: str) -> int:
-    """Return how many columns of a terminal a text takes. A Chinese character takes two."""
-    columns = 0
-    for character in text:
-        if unicodedata.east_asian_width(character) in "WF":
-            columns += 2
-        elif not unicodedata.combining(character):
-            columns += 1
-    return columns
-
-
-def padded(text: str, width: int) -> str:
-    """Cut or pad text to width columns of a terminal."""
-    if n_columns(text) > width:
-        while n_columns(text) > width - 1:
-            text = text[:-1]
-        text += "…"
-    return text + " " * (width - n_columns(text))
-
-
-def terminal_view(reading: Reading, encoder: Encoder, colours: bool) -> str:
-    """Return the text in the colours of its ranks, surprising tokens, likely next ones, figures."""
-    lines = [coloured_text(reading, encoder, colours), ""]
-    if colours:
-        legend = [painted(f" {each.name} ", each.max_rank, colours) for each in SHADES]
-        lines = [" ".join(legend), "", *lines]
-    lines.append(f"{'Most surprising':<24}{'probability':>12}{'rank':>8}   expected instead")
+    lines = []
+    if not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+        legend = [painted(f" {shade.name} ", shade.tint) for shade in SHADES]
+        lines += [" ".join(legend), ""]
+        lines += [coloured_text(reading, encoder), ""]
+    lines.append("Most surprising   probability    rank   expected instead")
     lines += surprising_lines(reading, encoder)
     lines += ["", "Likeliest next"]
-    lines += likeliest_lines(reading["predictions"][-1], encoder)
-    lines += ["", summary(reading, encoder)]
+    lines += likeliest_lines(reading.predictions[-1], encoder)
+    lines += ["", summary(reading), ""]
     return "\n".join(lines)
 
 
-def coloured_text(reading: Reading, encoder: Encoder, colours: bool) -> str:
-    ranks = iter([each["rank"] for each in reading["predictions"][:-1]])
+def coloured_text(reading: Reading, encoder: Encoder) -> str:
+    predictions = iter(reading.predictions)
     pieces = []
-    for group in groups(reading["ids"][1:], encoder):
-        rank = max(itertools.islice(ranks, group.n_tokens))
-        pieces.append(painted(group.text, rank, colours))
+    colour = None
+    for group in groups(reading.ids, encoder):
+        rank = max(next(predictions).rank for _ in range(group.n_tokens))
+        shade = next(shade for shade in SHADES if rank <= shade.max_rank)
+        colour = shade.other_tint if colour == shade.tint else shade.tint
+        pieces.append(painted(group.text, colour))
     return "".join(pieces)
 
 
 def surprising_lines(reading: Reading, encoder: Encoder) -> list[str]:
-    predictions = reading["predictions"]
-    bits = [each["bits"] for each in predictions[:-1]]
     lines = []
-    for i in np.argsort(np.negative(bits), kind="stable")[:N_LIKELIEST]:
-        each = predictions[i]
-        token = label(reading["ids"][i + 1], encoder)
-        line = f"  {padded(token, 22)}"
-        line += f"{percent(each['prob']):>12}{each['rank']:>8,}"
-        if each["rank"] > 1:
-            expected = label(each["likeliest"][0], encoder)
-            line += f"   {expected}  {percent(each['probs'][0])}"
+    predictions = sorted(reading.predictions[:-1], key=lambda each: -each.bits)
+    for each in predictions[:N_LIKELIEST]:
+        line = f"  {label(each.token_id, encoder):<16}{percent(each.bits):>11}{each.rank:>8,}"
+        if each.rank > 1:
+            expected = label(each.likeliest[0], encoder)
+            line += f"   {expected}  {percent(each.likeliest_bits[0])}"
         lines.append(line)
     return lines
 
 
 def likeliest_lines(following: Prediction, encoder: Encoder) -> list[str]:
     lines = []
-    probs = following["probs"]
-    for token_id, p in zip(following["likeliest"], probs, strict=True):
-        token = padded(label(token_id, encoder), 22)
-        lines.append(f"  {token}{percent(p):>12}   {bar(p / probs[0])}")
+    all_bits = following.likeliest_bits
+    for token_id, bits in zip(following.likeliest, all_bits, strict=True):
+        bar = "█" * round(30 * 2 ** (all_bits[0] - bits))
+        lines.append(f"  {label(token_id, encoder):<16}{percent(bits):>11}   {bar}")
     return lines
 
 
-def bar(share: float, width: int = 30) -> str:
-    """Return a bar of at most width columns, in steps of an eighth."""
-    eighths = max(1, round(8 * width * share))
-    return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
-
-
-def summary(reading: Reading, encoder: Encoder) -> str:
+def summary(reading: Reading) -> str:
     """Return one line with the figures of a reading."""
-    n_tokens, perplexity, bits_per_byte = figures(reading, encoder)
-    if n_tokens == 0:
-        return "0 tokens"
-    noun = "token" if n_tokens == 1 else "tokens"
-    return f"{n_tokens} {noun}, perplexity {perplexity:.2f}, {bits_per_byte:.4f} bits per byte"
+    figures = f"perplexity {reading.perplexity:.2f}, {reading.bits_per_byte:.4f} bits per byte"
+    return f"tokens: {len(reading.ids):,}, {figures}"
 
 
 def table(reading: Reading, encoder: Encoder) -> str:
@@ -420,10 +354,10 @@ def table(reading: Reading, encoder: Encoder) -> str:
     Tabs separate the columns.
     """
     lines = []
-    for i, each in enumerate(reading["predictions"][:-1], 1):
-        cells = [str(i), token_text(reading["ids"][i], encoder)]
-        cells += [f"{each['prob']:.6g}", str(each["rank"])]
-        cells += [token_text(token_id, encoder) for token_id in each["likeliest"][:3]]
+    for i, each in enumerate(reading.predictions[:-1], 1):
+        cells = [str(i), token_text(each.token_id, encoder)]
+        cells += [f"{2**-each.bits:.6g}", str(each.rank)]
+        cells += [token_text(likely, encoder) for likely in each.likeliest[:3]]
         lines.append("\t".join(cells) + "\n")
     return "".join(lines)
 
@@ -432,305 +366,143 @@ def table(reading: Reading, encoder: Encoder) -> str:
 
 
 @no_warnings
-def page(reading: Reading, model_size: str, encoder: Encoder, params: Params, n_head: int) -> str:
-    """Return the page as one HTML text. It holds everything that it shows, and loads nothing."""
-    ids = reading["ids"]
-    lens = lens_columns(ids, params, n_head)
-    n_ctx, n_embd = params["wpe"].shape
-    attention = None
-    if len(ids) - 1 <= MAX_ATTENTION_TOKENS:
-        attention = packed_attention(ids, params, n_head)
-    data = {
-        "model": {
-            "name": model_size,
-            "n_layer": len(params["blocks"]),
-            "n_head": n_head,
-            "n_embd": n_embd,
-            "n_ctx": n_ctx,
-            "n_vocab": len(params["wte"]),
-            "n_params": count_parameters(params),
-        },
-        "figures": figures(reading, encoder)._asdict(),
-        "opening": opening_place(reading, lens, encoder),
-        "n_left_out": reading["n_left_out"],
-        "ids": ids,
-        "labels": labels(reading, lens, encoder),
-        "groups": groups(ids[1:], encoder),
-        "predictions": [shortened(each) for each in reading["predictions"]],
-        "lens": [[shortened(each) for each in layer] for layer in lens],
-        "attention": attention,
-        "n_attended": N_ATTENDED,
-        "max_attention_tokens": MAX_ATTENTION_TOKENS,
-    }
-    template = TEMPLATE.read_text(encoding="utf-8")
-    return filled_template(template, page_title(ids, encoder), data)
+def page(reading: Reading, name: str, model: tuple) -> str:
+    """Return the page as one HTML text. It holds everything that it shows, and loads nothing.
 
-
-def page_title(ids: Ids, encoder: Encoder, n_max: int = 48) -> str:
-    """Return the beginning of the text on one line, cut after a word."""
-    text = visible(" ".join(encoder.decode(ids[1:]).split()))
-    if len(text) <= n_max:
-        return text
-    words = text[:n_max].rsplit(" ", 1)[0]
-    return words.rstrip(" ,.;:-") + "…"
-
-
-def opening_place(reading: Reading, lens: Lens, encoder: Encoder) -> int:
-    """Choose the token on which the page opens -> its place in ids.
-
-    It is the word that the layers after the first one raised most: the one with the largest
-    probability * log(rank after the first layer / final rank). A word is a token that begins with
-    a space and two letters. If there is none, any token but the first is taken for a word.
+    name: of the model, (encoder, hparams, params).
     """
-    ids = reading["ids"]
-    if len(ids) == 1:
-        return 1  # there is only the next token
-    places = [i for i in range(1, len(ids)) if re.match(r" [^\W\d_]{2}", encoder.decode([ids[i]]))]
-    if not places:
-        places = list(range(2, len(ids))) or [1]
-    early = lens[min(1, len(lens) - 2)]  # after the first layer; before it if it is the last one
-
-    def rise(place: int) -> float:
-        before = early[place - 1]
-        after = lens[-1][place - 1]
-        return after["prob"] * math.log(before["rank"] / after["rank"])
-
-    return max(places, key=rise)
-
-
-def shortened(described: Prediction) -> Prediction:
-    """Return a prediction with as many digits as the page can show."""
-    result = described | {"probs": [round_off(p) for p in described["probs"]]}
-    if "prob" in described:
-        result["prob"] = round_off(described["prob"])
-        result["bits"] = round_off(described["bits"])
-    return result
-
-
-def round_off(value: float) -> float:
-    return float(f"{value:.6g}")
-
-
-def labels(reading: Reading, lens: Lens, encoder: Encoder) -> dict[int, str]:
-    """Return the label of each token that the page shows."""
-    shown = set(reading["ids"])
-    for each in itertools.chain(reading["predictions"], *lens):
-        shown.update(each["likeliest"])
-    return {token_id: label(token_id, encoder) for token_id in sorted(shown)}
-
-
-@with_own_threads
-def lens_columns(ids: Ids, params: Params, n_head: int) -> Lens:
-    """Return what each layer predicts after each token: for each layer a list of `prediction`s."""
-    targets = [*ids[1:], None]
-    layers = []
-    for x in hidden_states(ids, params, n_head):
+    encoder, hparams, params = model
+    n_head = hparams["n_head"]
+    ids = [*reading.start_ids, *reading.ids]
+    n_extra = len(reading.start_ids) - 1  # the page shows several start tokens as one
+    lens = []
+    for x in hidden_states(ids, params, n_head)[:, n_extra:]:
         logits = unembed(x, params)
-        rows = zip(logits, targets, strict=True)
-        layers.append([prediction(row, target, N_LENS) for row, target in rows])
-    return layers
-
-
-def packed_attention(ids: Ids, params: Params, n_head: int) -> str:
-    """Return the attention weights as text: base64 of zlib of three arrays, one after the other.
-
-    For the tokens that each token looks at most, strongest first, their places and the weights in
-    1/65535: little-endian uint16 [n_layer, n_head, n_seq, N_ATTENDED] each. Then, for the pictures,
-    the square roots of all weights in fifteenths: uint8 [n_layer, n_head, n_seq * (n_seq + 1) / 2],
-    of each row only the past.
-    """
-    weights = attention_weights(ids, params, n_head)
-    if not np.isfinite(weights).all():
-        raise ValueError("the attention is not finite: the parameters are damaged")
-    places = np.argsort(-weights, axis=-1, kind="stable")[..., :N_ATTENDED]
-    strongest = np.take_along_axis(weights, places, axis=-1)
-    rows, columns = np.tril_indices(len(ids))
-    levels = np.sqrt(weights[:, :, rows, columns]) * 15
-    content = places.astype("<u2").tobytes()
-    content += np.rint(strongest * 65535).astype("<u2").tobytes()
-    content += np.rint(levels).astype(np.uint8).tobytes()
-    return base64.b64encode(zlib.compress(content)).decode()
-
-
-def count_parameters(params: Any) -> int:
-    """Return the number of parameters in a nested dict or list of arrays."""
-    if isinstance(params, np.ndarray):
-        return params.size
-    if isinstance(params, dict):
-        params = params.values()
-    elif not isinstance(params, list):  # an option of a layer, not a parameter
-        return 0
-    return sum(count_parameters(each) for each in params)
-
-
-def filled_template(template: str, title: str, data: dict[str, Any]) -> str:
-    """Put title and data into the template, and let the browser run only its own script and style.
-
-    The data are JSON in ASCII, without a character that could end the script element or begin
-    another one.
-    """
+        lens.append(predict(logits, reading.ids, N_LENS))
+    attention = None
+    if len(reading.ids) <= MAX_ATTENTION_TOKENS:
+        attention = packed(attention_weights(ids, params, n_head), n_extra)
+    shown = set(ids)
+    for each in itertools.chain(reading.predictions, *lens):
+        shown.update(each.likeliest)
+    data = reading._asdict() | {
+        "model": hparams | {"name": name},
+        "ids": ids[n_extra:],
+        "labels": {token_id: label(token_id, encoder) for token_id in shown},
+        "groups": groups(reading.ids, encoder),
+        "lens": lens,
+        "attention": attention,
+    }
+    # JSON is ASCII. Without this character, it cannot end the script element or begin another one.
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    values = {"title": html.escape(title), "data": text}
-    for tag in ("script", "style"):
-        content = template.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
-        digest = hashlib.sha256(content.encode()).digest()
-        values[tag] = f"'sha256-{base64.b64encode(digest).decode()}'"
-    # In one pass, so that a text that looks like a placeholder stays as it is.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
+    text = text.replace("<", "\\u003c")
+    # The browser runs only scripts that know the nonce. A text cannot contain its own digest.
+    nonce = hashlib.sha256(text.encode()).hexdigest()
+    template = (FOLDER / "look.html").read_text(encoding="utf-8")
+    return template.replace("{{nonce}}", nonce).replace("{{data}}", text)
 
 
-# Writing the page
+def packed(weights: Array, n_extra: int) -> str:
+    """Return attention weights as text: base64 of zlib of bytes [n_layer, n_head, n_seq, n_seq].
 
-
-def check_place(path: str) -> None:
-    """Raise OSError if write_whole could not write to this path. Called before the work."""
-    if not os.path.basename(path):
-        raise UsageError(f"--html needs the name of a file, got {path!r}")
-    with named_errors(path):
-        if os.path.isdir(path):
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        if os.path.exists(path) and not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        if not is_special(path):
-            part = part_of(path)
-            part.touch()
-            part.unlink()
-
-
-def write_whole(path: str, text: str) -> None:
-    """Write a file whole or not at all. Links are followed. Devices and pipes are written into."""
-    with named_errors(path):
-        if is_standard_output(path):  # opened again, a file would be written from its start
-            output = sys.stdout.fileno()
-            with open(output, "w", encoding="utf-8", closefd=False) as file:
-                file.write(text)
-        elif is_special(path):
-            Path(path).write_text(text, encoding="utf-8")
-        else:
-            replace_file(path, text)
+    A byte is the square root of a weight in 1/255. The first n_extra tokens count as one with the
+    token after them.
+    """
+    columns = [0, *range(n_extra + 1, weights.shape[-1])]
+    weights = np.add.reduceat(weights[:, :, n_extra:], columns, axis=-1)
+    levels = np.rint(255 * np.sqrt(weights)).astype(np.uint8)
+    return base64.b64encode(zlib.compress(levels.tobytes())).decode()
 
 
 @contextlib.contextmanager
-def named_errors(path: str) -> Iterator[None]:
-    """Turn an OSError into one that names the file which cannot be written."""
+def whole_file(path: str) -> Iterator[TextIO]:
+    """Open a file to write. An old one is replaced when all is written. Raises OSError.
+
+    What is not a regular file is written into, and so is standard output.
+    """
+    is_stream = os.path.exists(path) and not os.path.isfile(path)
+    target = os.path.realpath(path)
+    part = path if is_stream else f"{target}.part"
+    if path == "/dev/stdout":  # which may be a file that others have written into
+        is_stream = True
+        part = os.dup(1)
     try:
-        yield
-    except BrokenPipeError:  # the reader needs no more
+        if os.path.isfile(path):
+            open(path, "a").close()  # an old file may be write-protected
+        with open(part, "w", encoding="utf-8") as file:
+            yield file
+        if not is_stream:
+            os.replace(part, target)
+    except BrokenPipeError:
         raise
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}") from None
-
-
-def is_special(path: str) -> bool:
-    """Tell whether this is a device or a pipe, which must not be replaced by a file."""
-    try:
-        return not stat.S_ISREG(os.stat(path).st_mode)
-    except FileNotFoundError:
-        return False
-
-
-def is_standard_output(path: str) -> bool:
-    """Tell whether this is where standard output goes, as /dev/stdout is."""
-    try:
-        output = os.fstat(sys.stdout.fileno())
-        return os.path.samestat(os.stat(path), output)
-    except OSError:  # there is no such file, or standard output is not a file
-        return False
-
-
-def part_of(path: str) -> Path:
-    """Return the path of the unfinished file, in the folder of the file that it will replace."""
-    return Path(os.path.realpath(path)).with_name(f".look-{os.getpid()}.part")
-
-
-def replace_file(path: str, text: str) -> None:
-    target = os.path.realpath(path)
-    part = part_of(path)
-    try:
-        part.write_text(text, encoding="utf-8")
-        if os.path.exists(target):
-            shutil.copymode(target, part)
-        os.replace(part, target)
+        if error.errno and error.filename in (path, part, None):
+            raise OSError(f"cannot write {path}: {error.strerror}") from None
+        raise
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        if not is_stream:
+            with contextlib.suppress(OSError):
+                os.remove(part)
 
 
 # The command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (is the text in quotes? --help lists the options)")
+def command(
+    text: str,
+    *,
+    model_size: str = "124M",
+    models_dir: str = "models",
+    html: str | None = None,
+) -> list[str]:
+    """python examples/look.py TEXT [OPTIONS]
+
+    See what GPT-2 sees in a text. An example that needs no download:
+
+        python examples/look.py "To be, or not to be" --model_size tiny
+
+    On a terminal, the text is coloured by the rank of each token: the stronger the colour, the
+    less the model expected it. In a pipe, each token is one line, tab-separated: position, token,
+    probability, rank, and the three likeliest tokens.
+
+    TEXT                   the text, in quotes, or the name of a file. - reads standard input,
+                           without its final newline
+    --model_size 124M      124M, 355M, 774M or 1558M (downloaded on first use), the name of a
+                           folder in models_dir, a path of a folder, or the name of a GPT-2 on the
+                           Hugging Face Hub (openai-community/gpt2)
+    --models_dir models    the folder that holds the models
+    --html FILE            write a page for the browser instead, which shows predictions, layers
+                           and attention, too
+    --help                 show this help
+
+    There are no colours if NO_COLOR is set or TERM is dumb.
+    """
+    if not html:
+        reading, model = load_and_read(text, model_size, models_dir)
+        if sys.stdout.isatty():
+            return [terminal_view(reading, model[0])]
+        return [table(reading, model[0])]
+    with whole_file(html) as file:
+        reading, model = load_and_read(text, model_size, models_dir)
+        file.write(page(reading, model_size, model))
+    note(f"{html}: {summary(reading)}")
+    return []
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Parse the words of the command line. Raises UsageError."""
-    parser = Parser(
-        "look.py",
-        description="See what GPT-2 sees in a text.",
-        epilog="In a pipe, each token is one line, tab-separated: position, token, probability, "
-        "rank, and the three likeliest tokens. Colours are used only on a terminal, and not if "
-        "NO_COLOR is set or TERM is dumb.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "text", metavar="TEXT", help="the text, in quotes; - reads it from standard input"
-    )
-    parser.add_argument(
-        "--model_size", default="124M", help="a published size or a folder in models_dir (124M)"
-    )
-    parser.add_argument(
-        "--models_dir", default="models", help="the folder that holds the models (models)"
-    )
-    parser.add_argument("--html", metavar="FILE", help="write a page for the browser instead")
-    return parser.parse_args(arguments)
-
-
-def given_text(argument: str) -> str:
-    """Return the text of the command line, or of standard input without its last line break."""
-    if argument == "-":
-        return re.sub("\r?\n\\Z", "", read_text("-"))
-    return decoded(argument)
-
-
-def has_colours() -> bool:
-    environment = os.environ
-    return not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
-
-
-def run(arguments: list[str]) -> None:
-    """Do what the command line asks."""
-    options = parse_arguments(arguments)
-    if options.html is not None:
-        check_place(options.html)
-    text = given_text(options.text)
-    encoder, hparams, params = load_encoder_hparams_and_params(
-        options.model_size, options.models_dir
-    )
-    n_head = hparams["n_head"]
-    reading = read(text, encoder, params, n_head)
-    if reading["n_left_out"]:
-        n_tokens = len(reading["ids"]) - 1
-        message = f"only the first {n_tokens:,} tokens fit into the context"
-        complain(PROGRAM, f"{message}; {reading['n_left_out']:,} are left out")
-    if options.html is not None:
-        content = page(reading, options.model_size, encoder, params, n_head)
-        write_whole(options.html, content)
-        if not is_standard_output(options.html):
-            print(f"{options.html}: {summary(reading, encoder)}")
-    elif sys.stdout.isatty():
-        print(terminal_view(reading, encoder, has_colours()))
+def load_and_read(word: str, model_size: str, models_dir: str) -> tuple[Reading, tuple]:
+    """Read the text that a word of the command line means -> (reading, model)."""
+    if os.path.exists(word) and not os.path.isdir(word):
+        note(f"look.py: the text is that of the file {word}")
+        text = regex.sub(r"\r?\n\Z", "", read_text(word))
     else:
-        print(table(reading, encoder), end="")
-
-
-def main(arguments: list[str]) -> int:
-    """Run the command line -> exit status: 0, 1 after an error, 2 for unusable arguments."""
-    return run_command(PROGRAM, run, arguments)
+        text = given_text(word)
+    model = load_encoder_hparams_and_params(model_size, models_dir)
+    reading = read(text, model)
+    if reading.n_left_out:
+        message = f"only the first {len(reading.ids):,} tokens fit into the context"
+        note(f"look.py: {message}; {reading.n_left_out:,} are left out")
+    return reading, model
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(command, sys.argv[1:]))

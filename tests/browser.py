@@ -14,14 +14,14 @@ OPTIONS = """
 
 @contextlib.contextmanager
 def open_browser(profile_dir):
-    """Start Chromium with an empty profile in profile_dir. It logs its console and its requests."""
+    """Start Chromium with an empty profile in profile_dir. It logs its console."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for option in [*OPTIONS.split(), f"--user-data-dir={Path(profile_dir) / 'profile'}"]:
         options.add_argument(option)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options, webdriver.ChromeService(CHROMEDRIVER))
     try:
         yield browser

@@ -36,9 +36,8 @@ def main(folder):
     subprocess.run(command, cwd=ROOT, input=TEXT, text=True, check=True)
     with open_browser(folder) as browser:
         set_screen(browser, width=1280, height=2000)
-        open_page(
-            browser, page, "#9"
-        )  # "night" for the second time, which only the last layer finds
+        # "night" for the second time, which only the last layer finds.
+        open_page(browser, page, "#9")
         height = browser.execute_script("return document.body.offsetHeight")
         set_screen(browser, width=1280, height=height)
         browser.save_screenshot(str(ROOT / "tests" / "look.png"))

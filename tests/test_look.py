@@ -1,11 +1,12 @@
 """examples/look.py: its numbers against transformers, what it writes, and its page in a browser."""
 
+import base64
+import copy
 import io
-import json
+import itertools
 import os
 import re
-import subprocess
-import sys
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +20,14 @@ from helpers import (
     SMALL_HPARAMS,
     Terminal,
     assert_close,
+    bash,
     float64_softmax,
-    held_out_text,
     map_arrays,
     random_params,
     write_vocabulary,
 )
 
+import terminal
 from encoder import Encoder, get_encoder
 from examples import look
 from gpt2 import gpt2, log_probs
@@ -34,24 +36,9 @@ PLAIN = "the rain and the king\nin the ring"
 HOSTILE = (
     "</script><img src=x onerror=\"document.title='executed'\"> <!-- "
     "<script>document.title='executed'</script>\n"
-    "\"quotes\" 'and' &amp; {{data}} {{script}} `${document.title='executed'}` \\n\n"
+    "\"quotes\" 'and' &amp; {{data}} {{nonce}} `${document.title='executed'}` \\n\n"
     "שלום مرحبا 😀 👨‍👩‍👧 e\u0301\ttab \x00 \x1b[31m \u202e \u2028 \r\n<|endoftext|>"
 )
-
-
-class Model(NamedTuple):
-    encoder: Encoder
-    params: dict
-    n_head: int
-
-    def labels(self, ids):
-        return [look.label(int(token_id), self.encoder) for token_id in ids]
-
-    def with_params(self, **parts):
-        return self._replace(params=self.params | parts)
-
-    def page(self, text):
-        return look.page(look.read(text, *self), "the model's name", *self)
 
 
 @pytest.fixture(scope="module")
@@ -59,30 +46,49 @@ def model(tmp_path_factory):
     """A random model whose context is long enough for every text of these tests."""
     folder = tmp_path_factory.mktemp("vocabulary")
     write_vocabulary(folder / "small")
-    params = random_params(SMALL_HPARAMS | {"n_ctx": 400})
-    return Model(get_encoder("small", str(folder)), params, SMALL_HPARAMS["n_head"])
+    hparams = SMALL_HPARAMS | {"n_ctx": 400}
+    return get_encoder("small", str(folder)), hparams, random_params(hparams)
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tiny):
-    encoder, hparams, params = tiny
-    return Model(encoder, params, hparams["n_head"])
+def make_page(text, model):
+    return look.page(look.read(text, model), "the model's name", model)
 
 
-def expected_predictions(text, model):
-    """(ids, float64 probabilities [n_seq, n_vocab]) straight from gpt2."""
-    ids = [model.encoder.encoder["<|endoftext|>"], *model.encoder.encode(text)]
-    logits = gpt2(ids, **model.params, n_head=model.n_head)
-    return ids, float64_softmax(logits.astype(np.float64))
+class Expected(NamedTuple):
+    name: str  # of the token that comes
+    prob: float
+    rank: int
+    names: list[str]  # of the ten likeliest tokens
+    probs: list[float]
 
 
-def rank(row, target):
-    return 1 + (row > row[target]).sum()
+def expected_from(logits, ids, encoder):
+    """What each row of logits predicts, and how well it predicts each id."""
+    found = []
+    for row, token_id in zip(float64_softmax(np.float64(logits)), ids, strict=True):
+        likeliest = np.argsort(-row, kind="stable")[:10].tolist()
+        name, *names = labels([token_id, *likeliest], encoder)
+        rank = 1 + (row > row[token_id]).sum()
+        found.append(Expected(name, row[token_id], rank, names, row[likeliest]))
+    return found
 
 
-def likeliest(row, n):
-    """The n likeliest ids. Of equal ones, the first."""
-    return np.argsort(-row, kind="stable")[:n].tolist()
+def labels(ids, encoder):
+    return [look.label(int(token_id), encoder) for token_id in ids]
+
+
+def expected(text, model):
+    """Expected for each token of the text, then for the likeliest one after it."""
+    encoder, hparams, params = model
+    template_ids = encoder.encode("")
+    start_ids = template_ids or [encoder.start_id]
+    ids = encoder.encode(text)[len(template_ids) :]
+    logits = gpt2([*start_ids, *ids], **params, n_head=hparams["n_head"])[-len(ids) - 1 :]
+    return expected_from(logits, [*ids, logits[-1].argmax()], encoder)
+
+
+def percent(p):
+    return f"{100 * p:.3g}%"
 
 
 # The numbers
@@ -98,210 +104,187 @@ def test_inside_is_as_in_transformers(name):
     assert_close(look.logit_lens(*inputs), lens)
 
 
-def test_the_scale_of_a_layer_is_that_of_its_queries():
-    ids = [5, 1, 4, 4, 9]
-    params = random_params(SMALL_HPARAMS)
-    scaled = random_params(SMALL_HPARAMS)
-    for block in params["blocks"]:
-        block["attn"]["scale"] = 0.7
-    for block in scaled["blocks"]:
-        for array in block["attn"]["c_attn"].values():
-            array[..., :12] *= 0.7 * np.sqrt(12 / 3)  # q is the first third; d_head is 12 / 3
-    weights = look.attention_weights(ids, params, 3)[0]
-    assert_close(weights, look.attention_weights(ids, scaled, 3)[0])
+def test_too_many_ids():
+    with pytest.raises(ValueError, match="33 token ids do not fit into the context of 32"):
+        look.hidden_states(range(33), random_params(SMALL_HPARAMS), 3)
 
 
-@pytest.mark.parametrize("ids", [[], [-1], [3, 269], range(33), [1.5]], ids=str)
-def test_unusable_ids(ids):
-    with pytest.raises((ValueError, TypeError), match="token"):
-        look.attention_weights(ids, random_params(SMALL_HPARAMS), 3)
+@pytest.fixture(scope="module")
+def two_starts(model):
+    """The model with a template that puts two tokens before each text."""
+    encoder, hparams, params = model
+    template = copy.copy(encoder)
+    template.encode = lambda text: [7, 8, *encoder.encode(text)]
+    return template, hparams, params
 
 
-def test_figures_are_those_of_log_probs(model):
-    reading = look.read(PLAIN, *model)
-    log_p = log_probs(reading["ids"], model.params, model.n_head)
-    n_tokens, perplexity, bits_per_byte = look.figures(reading, model.encoder)
-    assert n_tokens == len(reading["ids"]) - 1 == len(log_p)
-    assert np.log(perplexity) == pytest.approx(-log_p.mean(), rel=1e-4)
-    assert bits_per_byte * len(PLAIN) == pytest.approx(-log_p.sum() / np.log(2), rel=1e-4)
+def test_start_tokens_do_not_count(two_starts):
+    encoder, _, params = two_starts
+    ids = encoder.encode(PLAIN)
+    reading = look.read(PLAIN, two_starts)
+    assert reading.ids == ids[2:]
+    n_bits = -log_probs(ids, params, 3)[1:].sum() / np.log(2)
+    assert np.log2(reading.perplexity) == pytest.approx(n_bits / len(ids[2:]), rel=1e-4)
+    assert reading.bits_per_byte == pytest.approx(n_bits / len(PLAIN), rel=1e-4)
+    assert look.table(reading, encoder).count("\n") == len(ids[2:])
+    weights = look.attention_weights(ids, params, 3)
+    levels = zlib.decompress(base64.b64decode(look.packed(weights, 1)))
+    weights[..., 1] += weights[..., 0]  # the page shows both starts as one
+    found = np.frombuffer(levels, np.uint8) / 255
+    np.testing.assert_allclose(found, np.sqrt(weights[:, :, 1:, 1:].ravel()), atol=0.51 / 255)
 
 
 def test_equal_logits_are_in_the_order_of_their_ids():
-    logits = np.float32([1, 3, 2, 3, 2, 2, 0])
-    described = look.prediction(logits, target=4, n_likeliest=4)
-    assert described["likeliest"] == [1, 3, 2, 4]
-    assert described["rank"] == 3
+    logits = np.zeros((1, 300), np.float32)
+    logits[0, ::30] = 1
+    (found,) = look.predict(logits, [], 10)
+    assert found.likeliest == [*range(0, 300, 30)]
 
 
-@pytest.mark.parametrize("factor", [np.nan, 1e25, 1e38])
-def test_parameters_that_overflow_are_an_error(model, factor):
-    with np.errstate(over="ignore", invalid="ignore"):
-        damaged = map_arrays(lambda array: array * np.float32(factor), model.params)
+def test_damaged_parameters_are_one_error(model):
+    damaged = map_arrays(lambda array: array * np.float32(1e25), model[2])
     with pytest.raises(ValueError, match="not finite: the parameters are damaged"):
-        model.with_params(**damaged).page(PLAIN)
+        look.read(PLAIN, (*model[:2], damaged))
 
 
-def test_what_starts_a_text(model):
-    vocabulary = dict(model.encoder.encoder)
-    encoder = Encoder(vocabulary, [], first_ids=[7])
-    reading = look.read("ab", encoder, model.params, model.n_head)
-    assert reading["ids"] == encoder.encode("ab")
-    del vocabulary["<|endoftext|>"]
+def test_a_vocabulary_without_a_start():
     with pytest.raises(ValueError, match="the vocabulary has no token that starts a text"):
-        look.read("x", Encoder(vocabulary, []), model.params, model.n_head)
+        look.read("a", (Encoder({"a": 0}, []), {}, {}))
 
 
 # Tokens as text
 
 
 def test_visible():
-    assert look.visible("a\\b\n\t\x1b\x7f") == r"a\\b\n\t\x1b\x7f"
-    assert look.visible("\u202e\u2028\udcf0\u00a0é") == "\\u202e\\u2028\\xf0\u00a0é"
+    assert look.visible("a\n\t\x1b\x7f", keep="\n") == "a\n\\t\\x1b\\x7f"
+    assert look.visible("\u202e\u2028\u00a0é") == "\\u202e\\u2028\u00a0é"
     assert look.visible("👨‍👩‍👧\u0301") == "👨‍👩‍👧\u0301"
     assert look.visible("\u0301") == "◌\u0301"
-    assert look.visible("\udca4\ufe0f") == "\\xa4◌\ufe0f"
 
 
-def test_percent():
-    shown = [look.percent(p) for p in (0.431, 0.0204, 3.1e-5, 1.7e-10)]
-    assert shown == ["43.1%", "2.04%", "0.0031%", "1.7e-8%"]
-
-
-def test_padded():
-    for text in ("ab  ", "abcd", "漢字"):
-        assert look.padded(text.rstrip(), 4) == text
-    assert look.padded("abcde", 4) == "abc…"
-    assert look.padded("漢字x", 4) == "漢… "
-
-
-def test_characters_of_several_tokens_stay_whole(tiny_model):
-    encoder = tiny_model.encoder
-    ids = encoder.encode("a 😀é e\u0301👨‍👩‍👧\n")
+def test_characters_of_several_tokens_stay_whole(tiny):
+    encoder = tiny[0]
+    ids = encoder.encode("é😀e\u0301👨‍👩‍👧\\\n")
     grouped = look.groups(ids, encoder)
-    texts = [group.text.strip(" ") for group in grouped if group.text != " "]
-    assert texts == ["a", "😀", "é", "e\u0301", "👨‍👩‍👧", "\n"]
+    assert [group.text for group in grouped] == ["é", "😀", "e\u0301", "👨‍👩‍👧", "\\", "\n"]
     assert sum(group.n_tokens for group in grouped) == len(ids)
-    assert look.groups(ids[:-3], encoder)[-1] == ("�", 2)  # the text ends inside a character
+    assert look.groups(ids[:3], encoder) == [("é", 2), ("�", 1)]  # it ends inside a character
+    assert labels([*ids[1:3], *ids[-2:], 5000], encoder) == [
+        *(r"\xa9", r"\xf0", r"\\", r"\n"),
+        "[5000]",
+    ]
 
 
 # The command line
 
 
 @pytest.fixture
-def run(models_dir, monkeypatch, capsys):
-    """run(arguments) -> (status, output, errors) of the command line, in this process"""
+def run(models_dir, monkeypatch, capsys, tmp_path):
+    """run(words) -> (status, output, errors) of the command line, in this process"""
+    monkeypatch.chdir(tmp_path)
 
-    def run(*arguments, stdin=b""):
+    def run(*words, stdin=b""):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         options = ["--model_size", "tiny", "--models_dir", models_dir]
-        status = look.main([*options, *map(str, arguments)])
+        status = terminal.run(look.command, [*options, *words])
         return status, *capsys.readouterr()
 
     return run
 
 
-def process(*arguments, program=("-m", "examples.look"), cwd=ROOT, **options):
-    """Run the command line in a process of its own."""
-    command = [sys.executable, *program, *arguments, "--model_size", "tiny"]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.run(command, cwd=cwd, timeout=300, **options)
-
-
 @pytest.mark.parametrize("text", [PLAIN, f"\ufeff{HOSTILE}"], ids=["plain", "hostile"])
-def test_table_in_a_pipe(run, tiny_model, text):
+def test_table_in_a_pipe(run, tiny, text):
     status, output, errors = run("-", stdin=f"{text}\n".encode())
     assert (status, errors) == (0, "")
-    ids, probs = expected_predictions(text.removeprefix("\ufeff"), tiny_model)
+    oracle = expected(text.removeprefix("\ufeff"), tiny)[:-1]
     lines = output.removesuffix("\n").split("\n")
-    for i, (line, row) in enumerate(zip(lines, probs[:-1], strict=True), 1):
-        position, token, prob, its_rank, *expected = line.split("\t")
-        assert int(position) == i
-        assert float(prob) == pytest.approx(row[ids[i]], rel=1e-4)
-        assert int(its_rank) == rank(row, ids[i])
-        shown = [look.token_text(each, tiny_model.encoder) for each in (ids[i], *likeliest(row, 3))]
-        assert [token, *expected] == shown
+    for i, (line, each) in enumerate(zip(lines, oracle, strict=True), 1):
+        position, token, prob, rank, *others = line.replace(" ", "␣").split("\t")
+        assert (int(position), token, int(rank)) == (i, each.name, each.rank)
+        assert float(prob) == pytest.approx(each.prob, rel=1e-4)
+        assert others == each.names[:3]
 
 
-@pytest.mark.parametrize(("term", "no_color"), [("xterm", ""), ("xterm", "1"), ("dumb", "")])
-def test_view_on_a_terminal(run, tiny_model, monkeypatch, term, no_color):
-    monkeypatch.setenv("TERM", term)
-    monkeypatch.setenv("NO_COLOR", no_color)
+PAINTED = r"\033\[38;5;16;48;5;(\d+)m(.*?)\033\[0m"
+TINTS = {195: 10, 159: 10, 229: 100, 227: 100, 209: 1000, 203: 1000, 176: 2000, 170: 2000}
+
+
+def test_view_on_a_terminal(run, tiny, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stdout", Terminal())
-    assert run(PLAIN)[0] == 0
-    view = sys.stdout.getvalue()
-    if (term, no_color) == ("xterm", ""):
-        assert "\033[38;5;16;48;5;195m rank 1 to 10 \033[0m" in view
-        view = re.sub(r"\033\[[0-9;]*m", "", view).replace("↵\n", "\n")
-    assert "\033" not in view
-    assert PLAIN in view
-    ids, probs = expected_predictions(PLAIN, tiny_model)
-    found = probs[range(len(ids) - 1), ids[1:]]
-    worst = found.argmin()
-    row = probs[worst]
-    surprising, likely = re.findall("(?:instead|next)\n(.+)", view)
-    token, instead = tiny_model.labels([ids[worst + 1], row.argmax()])
-    shown = [token, look.percent(found[worst]), f"{rank(row, ids[worst + 1]):,}"]
-    assert surprising.split() == [*shown, instead, look.percent(row.max())]
-    assert likely.split()[1:] == [look.percent(probs[-1].max()), "█" * 30]
-    figures = r"\d+ tokens, perplexity [\d.]+, [\d.]+ bits per byte"
-    assert re.fullmatch(figures, view.strip().split("\n")[-1])
+    run(PLAIN)
+    legend, text, surprising, likely, _ = look.sys.stdout.getvalue().split("\n\n")
+    assert re.findall(PAINTED, legend)[0] == ("195", " rank 1 to 10 ")
+    assert re.sub(PAINTED, r"\2", text).replace("↵", "") == PLAIN
+    *oracle, following = expected(PLAIN, tiny)
+    limits = [TINTS[int(colour)] for colour, _ in re.findall(PAINTED, text)]
+    assert limits == [min(n for n in TINTS.values() if each.rank <= n) for each in oracle]
+    lines = [line.split() for line in surprising.split("\n")[1:]]
+    worst = sorted(oracle, key=lambda each: each.prob)[:10]
+    assert [line[0] for line in lines] == [each.name for each in worst]
+    first = worst[0]
+    assert lines[0][1:4] == [percent(first.prob), str(first.rank), first.names[0]]
+    assert likely.split("\n")[1].split()[1:] == [percent(following.prob), "█" * 30]
 
 
-def test_text_cannot_control_the_terminal(model):
-    reading = look.read(HOSTILE, *model)
-    view = look.terminal_view(reading, model.encoder, colours=False)
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e\u2028]", view)
-    assert "😀" in view
+def test_text_on_a_terminal_has_borders_and_no_control(model, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    reading = look.read(HOSTILE, model)
+    view = look.terminal_view(reading, model[0])
+    colours = re.findall(r"48;5;(\d+)m", view)
+    assert all(before != after for before, after in itertools.pairwise(colours))
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e\u2028]", re.sub(PAINTED, r"\2", view))
     assert "👨‍👩‍👧" in view
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\033" not in look.terminal_view(reading, model[0])
+
+
+def test_a_file_can_be_named(run):
+    Path("a.txt").write_bytes(b"the king\r\n")
+    Path("b").mkdir()
+    note = "look.py: the text is that of the file a.txt\n"
+    assert run("a.txt") == (0, run("the king")[1], note)
+    assert run("b")[1].startswith("1\tb\t")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "message"),
+    ("words", "message"),
     [
-        ([], 2, "TEXT"),
-        (["two", "words"], 2, "words"),
-        (["x", "--htm", "page"], 2, "--htm"),
-        (["x", "--html", ""], 2, "--html needs the name of a file, got ''"),
-        ([b"a\xff"], 2, "an argument is not UTF-8"),
-        ([""], 1, "the text is empty"),
-        (["-"], 1, "standard input is not UTF-8"),
-        (["x", "--model_size", "absent"], 1, "absent"),
+        (["-"], "standard input is not UTF-8: invalid start byte at byte 1"),
+        (["", "--html", "page"], "the text is empty, or the context has no place for it"),
+        (["x", "--html", "/dev/full"], "cannot write /dev/full: No space left on device"),
+        *(
+            # This is found before the work, which would say that the model is absent.
+            (["x", "--model_size", "absent", "--html", name], f"cannot write {name}: {reason}")
+            for name, reason in (
+                (".", "Is a directory"),
+                ("file/page", "Not a directory"),
+                ("no/page", "No such file or directory"),
+                ("x" * 300, "File name too long"),
+            )
+        ),
     ],
 )
-def test_errors_are_one_line(run, arguments, status, message):
-    result = run(*map(os.fsdecode, arguments), stdin=b"a\xff")
-    assert result[:2] == (status, "")
-    assert message in result[2]
-    assert result[2].startswith("look.py: ")
-    assert result[2].count("\n") == 1
+def test_errors_are_one_line_and_leave_no_file(run, words, message):
+    Path("file").touch()
+    assert run(*words, stdin=b"a\xff") == (1, "", f"look.py: {message}\n")
+    assert os.listdir() == ["file"]
 
 
-def test_text_longer_than_the_context(run):
-    _, output, errors = run("-", stdin=b"x" * 300)
+def test_text_longer_than_the_context(run, tiny):
+    _, output, errors = run("x" * 300)
     assert output.count("\n") == 255
     assert errors == "look.py: only the first 255 tokens fit into the context; 45 are left out\n"
+    reading = look.read("x" * 300, tiny)
+    assert reading.bits_per_byte == pytest.approx(np.log2(reading.perplexity), rel=1e-4)
 
 
-def test_a_context_of_one_token(model, monkeypatch, tmp_path, capsys):
-    smallest = model.with_params(wpe=model.params["wpe"][:1])
-    loaded = (model.encoder, {"n_head": model.n_head}, smallest.params)
-    monkeypatch.setattr(look, "load_encoder_hparams_and_params", lambda *_: loaded)
-    assert look.main(["xyz"]) == 0
-    output, errors = capsys.readouterr()
-    assert output == ""
-    assert "only the first 0 tokens fit into the context; 3 are left out" in errors
-    assert look.main(["xyz", "--html", str(tmp_path / "page.html")]) == 0
-    assert capsys.readouterr().out.endswith("page.html: 0 tokens\n")
-    reading = look.read("xyz", *smallest)
-    assert "Likeliest next" in look.terminal_view(reading, model.encoder, colours=True)
-
-
-def test_the_file_itself_runs_from_any_folder(tmp_path, run):
-    program = str(ROOT / "examples" / "look.py")
-    result = process("ab", program=[program], cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (0, b"")
-    assert result.stdout.decode() == run("ab")[1]
-    assert b"--html FILE" in process("-h", program=["-OO", program]).stdout
+def test_the_file_itself_runs_from_any_folder(run):
+    program = f"PYTHONSAFEPATH=1 python -OO {ROOT}/examples/look.py"
+    assert bash(f"{program} <(echo ab) --model_size tiny").stdout == run("ab")[1]
+    shown = bash("python -m examples.look -h", cwd=ROOT).stdout
+    assert "--html FILE" in shown
+    assert shown.count("\n") < 30
 
 
 # Where the page is written
@@ -311,80 +294,39 @@ def is_page(content):
     return content.startswith("<!doctype html>") and content.endswith("</script>\n")
 
 
-def test_a_file_is_replaced_and_links_are_followed(run, tmp_path):
-    (tmp_path / "pages").mkdir()
-    file = tmp_path / "pages" / "page.html"
-    link = tmp_path / "link.html"
-    link.symlink_to("pages/page.html")
-    for mode in (None, 0o640):  # a file that does not exist, and one with its own permissions
-        if mode:
-            file.write_text("old")
-            file.chmod(mode)
-        assert run("ab", "--html", link)[0] == 0
-        assert is_page(file.read_text())
-        assert link.is_symlink()
-    assert file.stat().st_mode & 0o777 == 0o640
-    assert os.listdir(tmp_path / "pages") == ["page.html"]
+def test_a_file_is_replaced_and_links_are_followed(run):
+    Path("link").symlink_to("page")
+    Path("page").write_text("old")
+    status, output, errors = run("ab", "--html", "link")
+    assert (status, output) == (0, "")
+    assert errors.startswith("link: tokens: 1, perplexity ")
+    assert is_page(Path("page").read_text())
+    assert Path("link").is_symlink()
+    assert len(os.listdir()) == 2
 
 
-def test_a_pipe_is_written_into(run, tmp_path):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    copy = tmp_path / "copy"
-    with copy.open("wb") as file, subprocess.Popen(["cat", pipe], stdout=file) as cat:
-        try:
-            assert run("ab", "--html", pipe)[0] == 0
-            assert cat.wait(timeout=300) == 0
-        finally:
-            cat.kill()
-    assert is_page(copy.read_text(encoding="utf-8"))
-    assert pipe.is_fifo()
+def test_pipes_and_standard_output_are_written_into(tmp_path):
+    page = f"python examples/look.py {'ab' * 99} --model_size tiny --html"
+    log = tmp_path / "log"
+    bash(f"(echo before; {page} /dev/stdout; echo after) > {log}", cwd=ROOT)
+    assert is_page(log.read_text().removeprefix("before\n").removesuffix("after\n"))
+    bash(f"mkfifo {log}.pipe; {page} {log}.pipe & timeout 60 cat {log}.pipe > {log}", cwd=ROOT)
+    assert is_page(log.read_text())
+    result = bash(f"set -o pipefail; {page} /dev/stdout | head -c 9", cwd=ROOT)
+    assert (result.returncode, result.stdout) == (0, "<!doctype")
 
 
-def test_standard_output_can_be_the_page(tmp_path):
-    file = tmp_path / "log"
-    file.write_text("before\n")
-    with open(file, "a") as log:
-        process("ab", "--html", "/dev/stdout", stdout=log)
-    before, page = file.read_text().split("\n", 1)
-    assert before == "before"
-    assert is_page(page)
+def test_a_page_is_written_whole_or_not_at_all(run, monkeypatch):
+    Path("page").write_text("old")
 
+    def interrupted(*_):
+        os.truncate("page.part", 0)  # it is there: half a page
+        raise KeyboardInterrupt
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        (".", "it is a folder"),
-        ("file/page.html", "Not a directory"),
-        ("loop", "symbolic links"),
-        ("x" * 300, "File name too long"),
-        ("/proc/page.html", "No such file or directory"),
-    ],
-)
-def test_a_bad_place_is_found_before_the_work(run, tmp_path, monkeypatch, name, reason):
-    monkeypatch.chdir(tmp_path)
-    Path("file").touch()
-    Path("loop").symlink_to("loop")
-    monkeypatch.setattr(look, "load_encoder_hparams_and_params", None)  # a call would raise
-    status, output, errors = run("ab", "--html", name)
-    assert (status, output) == (1, "")
-    assert errors.startswith(f"look.py: cannot write {name}: ")
-    assert reason in errors
-    assert sorted(os.listdir()) == ["file", "loop"]
-
-
-def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "page.html"
-    look.write_whole(str(path), "old")
-
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="cannot write .*page.html: No space left on device"):
-        look.write_whole(str(path), "new")
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["page.html"]
+    monkeypatch.setattr(look, "page", interrupted)
+    assert run("ab", "--html", "page")[0] == 130
+    assert Path("page").read_text() == "old"
+    assert os.listdir() == ["page"]
 
 
 # The page in a browser
@@ -405,21 +347,16 @@ def opened(browser, model, tmp_path):
     path = tmp_path / "page.html"
 
     def open_text(text, fragment="", model=model, **screen):
-        path.write_text(model.page(text), encoding="utf-8")
+        path.write_text(make_page(text, model), encoding="utf-8")
         set_screen(browser, **screen)
         open_page(browser, path, fragment)
         return browser
 
     browser.get("about:blank")
     browser.get_log("browser")
-    browser.get_log("performance")
     yield open_text
     assert browser.get_log("browser") == []
-    entries = [json.loads(each["message"]) for each in browser.get_log("performance")]
-    messages = [entry["message"] for entry in entries]
-    requests = [each for each in messages if each["method"] == "Network.requestWillBeSent"]
-    urls = {each["params"]["request"]["url"] for each in requests}
-    assert urls <= {path.as_uri(), "about:blank"}
+    assert browser.execute_script("return performance.getEntriesByType('resource')") == []
     assert browser.title.endswith("– what GPT-2 sees")
 
 
@@ -436,52 +373,44 @@ def press(browser, *keys):
     return browser.switch_to.active_element
 
 
-def check_place(browser, place, ids, probs, model):
+def check_place(browser, place, oracle):
     """The page shows the prediction for the token at this place."""
-    row = probs[place - 1]
-    target = ids[place]
-    ten = likeliest(row, 10)
-    assert shown(browser, "#number") == [f"token {place} of {len(ids) - 1}"]
-    assert shown(browser, "#chosen .piece") == model.labels([target])
-    assert shown(browser, "#probability") == [look.percent(row[target])]
-    assert shown(browser, "#rank") == [f"{rank(row, target)} of {len(row)}"]
-    assert shown(browser, "#likeliest .piece")[:10] == model.labels(ten)
-    percents = [look.percent(row[i]) for i in ten]
+    each = oracle[place - 1]
+    assert shown(browser, "#number, #chosen .piece, #probability, #rank, #about") == [
+        f"token {place} of {len(oracle) - 1}",
+        each.name,
+        percent(each.prob),
+        f"{each.rank} of {SMALL_HPARAMS['n_vocab']}",
+        f"for “{each.name}”",
+    ]
+    assert shown(browser, "#likeliest .piece")[:10] == each.names
+    percents = [percent(prob) for prob in each.probs]
     assert shown(browser, "#likeliest td:last-child")[:10] == percents
 
 
-def test_pointer_keyboard_and_address_show_the_numbers(opened, model):
+def test_pointer_keyboard_and_address_show_the_numbers(opened, two_starts):
     from selenium.webdriver import ActionChains, Keys
-    from selenium.webdriver.support.ui import WebDriverWait
 
-    browser = opened(PLAIN, fragment="#4")
-    ids, probs = expected_predictions(PLAIN, model)
+    browser = opened(PLAIN, fragment="#4", model=two_starts)
+    oracle = expected(PLAIN, two_starts)
+    end = len(oracle)
     tokens = browser.find_elements("css selector", ".token")
-    assert len(tokens) == len(ids) + 1
-    check_place(browser, 4, ids, probs, model)
-    for place in (1, len(ids) - 1):
-        ActionChains(browser).move_to_element(tokens[place]).perform()
-        check_place(browser, place, ids, probs, model)
+    assert len(tokens) == end + 1
+    check_place(browser, 4, oracle)
+    ActionChains(browser).move_to_element(tokens[1]).perform()
+    check_place(browser, 1, oracle)
     ActionChains(browser).move_to_element(browser.find_element("css selector", "h1")).perform()
-    for fragment, place in (("#7", 7), ("#0", 7), (f"#{len(ids) + 1}", 7), ("#x", 7), ("#3", 3)):
+    for fragment in ("7", "0", end + 1, "x"):
         browser.execute_script("location.hash = arguments[0]", fragment)
         browser.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0]))")
-        check_place(browser, place, ids, probs, model)
-    for key, place in (
-        (Keys.ARROW_RIGHT, 4),  # without a click, and without the focus in the text
-        (Keys.ARROW_RIGHT, 5),
-        (Keys.ARROW_LEFT, 4),
-        (Keys.END, len(ids)),
-    ):
-        assert press(browser, key) == tokens[place]
-        if place < len(ids):
-            check_place(browser, place, ids, probs, model)
-    assert shown(browser, "#likeliest .piece") == model.labels(likeliest(probs[-1], 10))
-    end = f"#{len(ids)}"
-    WebDriverWait(browser, 60).until(lambda _: browser.current_url.endswith(end))
-    above = press(browser, Keys.ARROW_UP)
-    assert above.rect["y"] < tokens[-1].rect["y"] - 10
-    assert press(browser, Keys.HOME) == tokens[0]
+        check_place(browser, 7, oracle)
+    # Without a click, and without the focus in the text.
+    assert press(browser, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT) == tokens[8]
+    check_place(browser, 8, oracle)
+    assert press(browser, Keys.END) == tokens[end]
+    assert shown(browser, "#likeliest .piece") == oracle[-1].names
+    assert shown(browser, "#about") == ["for the next token"]
+    assert press(browser, Keys.ARROW_UP).rect["y"] < tokens[end].rect["y"] - 10
 
 
 PIXELS = """
@@ -494,78 +423,51 @@ def test_lens_and_attention_show_the_numbers(opened, model):
     from selenium.webdriver import Keys
 
     browser = opened(PLAIN, fragment="#6")
-    ids, _ = expected_predictions(PLAIN, model)
-    n_seq = len(ids)
-    lens = look.logit_lens(ids, model.params, model.n_head)[:, 5]
-    assert shown(browser, "#lens td:nth-child(2)") == model.labels(lens.argmax(-1))
-    assert shown(browser, "#lens td.number") == [str(rank(row, ids[6])) for row in lens]
-    weights = look.attention_weights(ids, model.params, model.n_head)
-    n_heads = weights.shape[0] * weights.shape[1]
-    assert len(browser.find_elements("css selector", "#grid button")) == n_heads
+    encoder, _, params = model
+    ids = [encoder.start_id, *encoder.encode(PLAIN)]
+    lens = expected_from(look.logit_lens(ids, params, 3)[:, 5], [ids[6]] * 3, encoder)
+    assert shown(browser, "#lens .piece") == [name for each in lens for name in each.names[:3]]
+    assert shown(browser, "#lens td.number") == [str(each.rank) for each in lens]
     browser.find_element("css selector", "[aria-label='Layer 2, head 3']").click()
-    looks = weights[1, 2]
-    most = likeliest(looks[6, :7], 5)
-    rounded = np.rint(65535 * looks[6, most]) / 65535
-    assert shown(browser, "#attended td:last-child") == [look.percent(w) for w in rounded]
-    assert shown(browser, "#attended .piece") == model.labels(ids[i] for i in most)
-    colours = browser.execute_script(
-        "return tokens.map((token) => Number(token.style.getPropertyValue('--weight')))"
-    )
-    np.testing.assert_allclose(colours, np.sqrt([*looks[6], 0]), atol=0.51 / 15)
-    pixels = np.reshape(browser.execute_script(PIXELS), (n_seq, n_seq, 4))
-    np.testing.assert_allclose(pixels[..., 3] / 255, np.sqrt(looks), atol=0.51 / 15)
+    roots = np.sqrt(look.attention_weights(ids, params, 3)[1, 2])
+    pixels = np.reshape(browser.execute_script(PIXELS), (len(ids), len(ids), 4))
+    np.testing.assert_allclose(pixels[..., 3] / 255, roots, atol=0.51 / 255)
+    rounded = np.rint(255 * roots[6]) / 255
+    most = np.argsort(-rounded, kind="stable")[:5]
+    percents = [f"{100 * rounded[i] ** 2:.2g}%" for i in most]
+    assert shown(browser, "#attended td:last-child") == percents
+    assert shown(browser, "#attended .piece") == labels([ids[i] for i in most], encoder)
     browser.execute_script("document.querySelector('#grid button').focus()")
-    button = press(browser, Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
-    press(browser, Keys.ENTER)
-    assert shown(browser, "#head h3") == ["Layer 2, head 2"]
-    assert button.get_attribute("aria-label") == "Layer 2, head 2"
-    assert button.get_attribute("aria-pressed") == "true"
+    press(browser, Keys.ARROW_DOWN, Keys.ENTER)
+    assert shown(browser, "#head h3") == ["Layer 2, head 1"]
     press(browser, Keys.ESCAPE)
-    assert shown(browser, "#head h3") == []
-    assert button.get_attribute("aria-pressed") == "false"
+    assert shown(browser, "#head h3, #grid [aria-pressed=true]") == []
 
 
 def test_nothing_in_a_hostile_text_is_executed(opened, model):
+    from selenium.webdriver import ActionChains
+
     browser = opened(HOSTILE)
-    ids, probs = expected_predictions(HOSTILE, model)
+    oracle = expected(HOSTILE, model)
     assert browser.title.startswith("“</script><img src=x")
     assert browser.find_elements("css selector", "img") == []
     assert len(browser.find_elements("css selector", "script")) == 2
+    page = make_page(HOSTILE, model)
+    assert "<" not in re.search(r'id="data">(.*?)</script>', page)[1]
     text = browser.execute_script("return document.getElementById('text').textContent")
     assert "</script><img src=x onerror=\"document.title='executed'\">" in text
     assert r"\x00 \x1b[31m \u202e \u2028 \r" in text
-    assert len(browser.find_elements("css selector", ".token")) == len(ids) + 1
-    for place in range(1, len(ids), 60):
-        browser.execute_script("tokens[arguments[0]].focus()", place)
-        check_place(browser, place, ids, probs, model)
+    assert "👨‍👩‍👧" in shown(browser, ".glyphs")
+    for part in browser.find_elements("css selector", ".group .token")[18:22]:  # of 😀
+        ActionChains(browser).move_to_element(part).perform()
+        check_place(browser, int(part.get_attribute("data-place")), oracle)
 
 
-def test_tokens_of_one_character_are_apart_in_the_numbers(opened, model):
-    from selenium.webdriver import ActionChains
-
-    browser = opened("a 😀 b")
-    ids, probs = expected_predictions("a 😀 b", model)
-    assert shown(browser, ".glyphs") == ["😀"]
-    parts = browser.find_elements("css selector", ".group .token")
-    assert len(parts) == 4
-    for i in (0, 3):
-        ActionChains(browser).move_to_element(parts[i]).perform()
-        check_place(browser, 3 + i, ids, probs, model)
-    assert shown(browser, "#chosen .piece") == [r"\x80"]
-
-
-def test_long_texts_leave_attention_out_and_the_smallest_model_has_no_figures(opened, model):
-    from selenium.webdriver import Keys
-
-    browser = opened("x" * 256)
-    assert browser.find_elements("css selector", "#grid button")
+def test_long_texts_leave_attention_out(opened):
+    assert shown(opened("x" * 256), "#grid button")
     browser = opened("x" * 257)
-    assert not browser.find_elements("css selector", "#grid button")
+    assert not shown(browser, "#grid button")
     assert "more than 256 tokens" in shown(browser, "#heads")[0]
-    browser.find_element("css selector", "body").send_keys(Keys.ESCAPE)
-    browser = opened("xyz", model=model.with_params(wpe=model.params["wpe"][:1]))
-    assert shown(browser, "#perplexity") == ["–"]
-    assert len(shown(browser, "#likeliest .piece")) == 10
 
 
 # Whether page and text can be scrolled sideways, and what reaches into the right margin.
@@ -620,48 +522,26 @@ return [
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrasts_are_those_of_wcag_aa(opened, model, scheme):
-    sharper = model.with_params(ln_f=map_arrays(lambda array: 8 * array, model.params["ln_f"]))
-    browser = opened(HOSTILE[:160] + "😀", model=sharper, scheme=scheme)
+    encoder, hparams, params = model
+    sharper = params | {"ln_f": map_arrays(lambda array: 8 * array, params["ln_f"])}
+    browser = opened(HOSTILE[:160] + "😀", model=(encoder, hparams, sharper), scheme=scheme)
     for _ in ("the surprise", "the attention"):
         texts, bars = browser.execute_script(CONTRASTS)
-        assert len(texts) > 100
-        assert bars
-        assert [each for each in texts if each[0] < 4.5] == []
-        assert [each for each in bars if each[0] < 3] == []
+        assert min(texts)[0] >= 4.5
+        assert min(bars)[0] >= 3
         browser.execute_script("document.querySelector('#grid button').click()")
         browser.execute_script("select(0)")  # which looks only at itself: the strongest colour
 
 
-# The size of the page, and where it opens
-
-
-def test_the_page_of_a_large_model_is_below_3_mb(tiny_model):
-    hparams = {"n_vocab": 1024, "n_ctx": 257, "n_embd": 48, "n_head": 12, "n_layer": 12}
-    model = Model(tiny_model.encoder, random_params(hparams), 12)
-    text = held_out_text()[:500]
-    assert 200 < len(model.encoder.encode(text)) <= 256
-    assert 1_000_000 < len(model.page(text)) < 3_000_000
-
-
-OPENINGS = [
-    "ROMEO:\nI come to thee, my love.\n\nJULIET:\nO gentle night!",
-    "To be, or not to be, that is the question",
-    *("JULIET:", "a", "漢字 😀"),
-]
-
-
-@pytest.mark.parametrize("text", OPENINGS)
-def test_the_page_opens_on_the_word_that_the_layers_raised_most(text, tiny_model):
-    encoder, params, n_head = tiny_model
-    reading = look.read(text, *tiny_model)
-    ids = reading["ids"]
-    lens = look.logit_lens(ids, params, n_head).astype(np.float64)
+def test_the_page_opens_on_the_word_that_the_layers_raised_most(opened, tiny):
+    text = "JULIET:\nI come to thee, my love."
+    encoder, hparams, params = tiny
+    ids = encoder.encode(text)
+    lens = look.logit_lens([encoder.start_id, *ids], params, hparams["n_head"])
+    early = expected_from(lens[1, :-1], ids, encoder)
     rises = {}
-    for place in range(1, len(ids)):
-        early, *_, late = lens[1:, place - 1]
-        fall = np.log(rank(early, ids[place]) / rank(late, ids[place]))
-        rises[place] = float64_softmax(late)[ids[place]] * fall
-    words = [i for i in rises if re.match(" [A-Za-z][A-Za-z]", encoder.decode([ids[i]]))]
-    words = words or [*rises][1:] or [1]
-    columns = look.lens_columns(ids, params, n_head)
-    assert look.opening_place(reading, columns, encoder) == max(words, key=rises.get)
+    for place, (before, after) in enumerate(zip(early, expected(text, tiny), strict=False), 1):
+        if re.match("␣[a-z]{2}", after.name):
+            rises[place] = after.prob * np.log(before.rank / after.rank)
+    page = opened(text, model=tiny)
+    assert page.execute_script("return view.selected") == max(rises, key=rises.get)
