@@ -30,13 +30,12 @@ import numpy as np
 from encoder import WORD
 from gpt2 import continuation
 from terminal import note, progress_bar, read_text, run
-from utils import load_encoder_hparams_and_params, variable_shapes
+from utils import HPARAMS, load_encoder_hparams_and_params, variable_shapes
 
 # TensorFlow, Keras and tokenizers are imported inside the functions that use them: TensorFlow takes
 # seconds and prints lines, so --help and errors in the arguments come before it.
 
 END = "<|endoftext|>"
-HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 
 
 @dataclass(frozen=True, kw_only=True)
