@@ -27,7 +27,7 @@ import regex
 WORD = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 # The cache holds 128 thousand words of ordinary length in about 20 MB.
-MAX_CACHED_WORDS = 2**17
+MAX_CACHED_WORDS = 131_072
 MAX_CACHED_LENGTH = 64
 
 Vocabulary = dict[str, int]  # {token: id}
@@ -52,9 +52,6 @@ def bytes_to_unicode() -> dict[int, str]:
             next_code += 1
         chars[byte] = char
     return chars
-
-
-BYTE_CHARS = "".join(bytes_to_unicode().values())
 
 
 class Encoder:
@@ -290,8 +287,8 @@ def read_utf8(path: Path) -> str:
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged: it is not UTF-8 ({error})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is damaged: it is not UTF-8") from None
     if text.startswith(GIT_LFS_POINTER):
         raise ValueError(
             f"{path} is a Git LFS pointer, not the file itself; fetch the file with `git lfs pull`"
@@ -326,7 +323,8 @@ def read_merges(path: Path) -> Merges:
 def check_vocabulary(vocabulary: Vocabulary, merges: Merges, path: Path, merges_path: Path) -> None:
     """Raise ValueError, naming the file, unless all ids and merges can be used.
 
-    The ids must be 0 to n - 1, each used once. The parts and the result of a merge must be tokens.
+    The ids must be 0 to n - 1, each used once. The parts and the result of a merge must be tokens,
+    and no merge may be listed twice.
     """
     ids = list(vocabulary.values())
     if set(map(type, ids)) != {int} or set(ids) != set(range(len(ids))):
@@ -335,3 +333,5 @@ def check_vocabulary(vocabulary: Vocabulary, merges: Merges, path: Path, merges_
         tokens = {*merge, "".join(merge)}
         if len(merge) != 2 or not all(merge) or not tokens <= vocabulary.keys():
             raise ValueError(f"{merges_path} does not fit {path}: {merge} do not make a token")
+    if len(set(merges)) < len(merges):
+        raise ValueError(f"{merges_path} is damaged: a merge is listed twice")
