@@ -53,12 +53,12 @@ CONVERT = (
 
 
 @in_blocks
-def exact_gelu(x: np.ndarray) -> np.ndarray:
+def exact_gelu(x):
     """x times the standard normal distribution function of x (Hendrycks & Gimpel, 2016)."""
     return 0.5 * x * (1 + erf(x / math.sqrt(2)))
 
 
-def erf(x: np.ndarray) -> np.ndarray:
+def erf(x):
     """The error function, to 1.5e-7: formula 7.1.26 of Abramowitz & Stegun (1964)."""
     t = 1 / (1 + 0.3275911 * np.abs(x))
     series = 0.254829592 + t * (
@@ -68,13 +68,13 @@ def erf(x: np.ndarray) -> np.ndarray:
 
 
 @in_blocks
-def relu(x: np.ndarray) -> np.ndarray:
+def relu(x):
     """Rectified linear unit."""
     return np.maximum(x, 0)
 
 
 @in_blocks
-def silu(x: np.ndarray) -> np.ndarray:
+def silu(x):
     """x * sigmoid(x), with the sigmoid as a tanh, which cannot overflow."""
     return 0.5 * x * (1 + np.tanh(0.5 * x))
 
@@ -135,7 +135,7 @@ VOCABULARY_SETTINGS = {  # of tokenizer_config.json without a tokenizer.json
 }
 
 
-def check_settings(content: Json, settings: dict[str, list], path: Path) -> None:
+def check_settings(content, settings, path):
     """Raise ValueError, naming the setting, unless each one has a value that is supported."""
     for setting, values in settings.items():
         value: Any = content
@@ -145,7 +145,7 @@ def check_settings(content: Json, settings: dict[str, list], path: Path) -> None
             raise ValueError(f"{path}: {setting} {value!r} is not supported, only {values}")
 
 
-def read_optional(path: Path) -> Json:
+def read_optional(path):
     """Read a JSON file. Return {} if there is none."""
     return read_json(path) if path.is_file() else {}
 
@@ -187,7 +187,7 @@ def read_folder(model_dir: str) -> Folder:
     )
 
 
-def read_config(folder: Path) -> Json:
+def read_config(folder):
     """Read and check config.json. The sizes get the names of hparams."""
     path = folder / "config.json"
     config = {"layer_norm_epsilon": EPS, "scale_attn_weights": True} | read_json(path)
@@ -208,7 +208,7 @@ def read_config(folder: Path) -> Json:
 # The weights
 
 
-def read_variables(folder: Path, config: Json) -> dict[str, np.ndarray]:
+def read_variables(folder, config):
     """Read all tensors -> {our name: float32 array}.
 
     Attention divides by the square root of d_head. If a model does not, or divides by the number
@@ -237,7 +237,7 @@ def read_variables(folder: Path, config: Json) -> dict[str, np.ndarray]:
     return variables
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder):
     """Return the paths of the files that hold the weights, as transformers chooses them.
 
     A pickle (*.bin) is never opened: it can run code.
@@ -251,7 +251,7 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(map(str, index.values())))]
 
 
-def our_name(name: str) -> str:
+def our_name(name):
     """h.0.attn.c_attn.weight -> model/h0/attn/c_attn/w."""
     module, _, kind = name.removeprefix("transformer.").rpartition(".")
     place = "model/" + re.sub(r"^h\.", "h", module).replace(".", "/")
@@ -263,7 +263,7 @@ def our_name(name: str) -> str:
     return f"{place}/{letters.get(kind, kind)}"
 
 
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+def read_safetensors(path):
     """Read a file -> {name: float32 array}, mapped if it is stored as aligned float32.
 
     A file is 8 bytes with the length of the header, the header in JSON, and the tensors, one after
@@ -292,7 +292,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def to_array(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list) -> np.ndarray:
+def to_array(data, dtype, shape, data_offsets):
     """Return a tensor, whose entry in the header has these keys, as a float32 array."""
     if dtype not in DTYPES:
         raise ValueError(f"a tensor has the type {dtype!r}, not one of {list(DTYPES)}")
@@ -336,7 +336,7 @@ class FolderEncoder(Encoder):
         forbidden = self.special_tokens.keys() - self.allowed_names(allowed_special)
         return self.first_ids + self.encode_part(valid_text(text), self.patterns, forbidden)
 
-    def encode_part(self, text: str, patterns: list[re.Pattern], forbidden: set[str]) -> list[int]:
+    def encode_part(self, text, patterns, forbidden):
         """Return the ids of a text in which only these patterns are left to look for."""
         if not patterns:
             if self.add_prefix_space and text and not text.startswith(" "):
@@ -361,7 +361,7 @@ class FolderEncoder(Encoder):
         return ids + self.encode_part(text[start:], patterns[1:], forbidden)
 
 
-def read_encoder(folder: Path, config: Json) -> FolderEncoder:
+def read_encoder(folder, config):
     """Read the vocabulary of a folder. Ids that have no row in wte do not start or end a text."""
     settings = read_optional(folder / "tokenizer_config.json")
     if not settings.get("extra_special_tokens"):
@@ -392,7 +392,7 @@ def read_encoder(folder: Path, config: Json) -> FolderEncoder:
     return encoder
 
 
-def read_tokenizer(folder: Path, settings: Json) -> Json:
+def read_tokenizer(folder, settings):
     """Read tokenizer.json, or the same from vocab.json and merges.txt. Check all settings."""
     path = folder / "tokenizer.json"
     merges_path = path
@@ -419,7 +419,7 @@ def read_tokenizer(folder: Path, settings: Json) -> Json:
     return tokenizer
 
 
-def rebuild(tokenizer: Json, settings: Json) -> None:
+def rebuild(tokenizer, settings):
     """Remove from a tokenizer what transformers' class GPT2Tokenizer ignores."""
     tokenizer["pre_tokenizer"] = settings  # add_prefix_space counts there
     for key in ("ignore_merges", "unk_token"):
@@ -428,7 +428,7 @@ def rebuild(tokenizer: Json, settings: Json) -> None:
         tokenizer["added_tokens"] = []
 
 
-def make_encoder(tokenizer: Json, added: dict[str, Json]) -> FolderEncoder:
+def make_encoder(tokenizer, added):
     """Make the Encoder that does what tokenizer.json says, with these added tokens."""
     model = tokenizer["model"]
     vocabulary = dict(model["vocab"])
@@ -446,7 +446,7 @@ def make_encoder(tokenizer: Json, added: dict[str, Json]) -> FolderEncoder:
     return encoder
 
 
-def added_tokens(folder: Path, settings: Json, tokenizer: Json) -> dict[str, Json]:
+def added_tokens(folder, settings, tokenizer):
     """Return {name: token}, in the order in which new ones get ids.
 
     added_tokens_decoder of tokenizer_config.json wins over the other lists. Tokens that are only
@@ -490,7 +490,7 @@ def added_tokens(folder: Path, settings: Json, tokenizer: Json) -> dict[str, Jso
     return added
 
 
-def as_token(value: str | Json | None) -> Json:
+def as_token(value):
     """Return a token with all its keys. It is given as a dict, or as its name."""
     return FLAGS | (value if isinstance(value, dict) else {"content": value})
 
@@ -520,7 +520,7 @@ def download(name: str, model_dir: str) -> None:
     part = folder.with_name(f".{folder.name}.{info.sha}.part")  # revisions never mix
     folder.parent.mkdir(parents=True, exist_ok=True)
 
-    def fetch(file: str) -> None:
+    def fetch(file):
         ask_hub(hf_hub_download, name, filename=file, revision=info.sha, local_dir=part)
 
     with WeakFileLock(folder.with_name(f".{folder.name}.lock")):
@@ -547,7 +547,7 @@ def download(name: str, model_dir: str) -> None:
             shutil.rmtree(old)
 
 
-def ask_hub(function: Callable, name: str, **options: Any) -> Any:
+def ask_hub(function, name, **options):
     """Call a function of huggingface_hub. Any error becomes a ConnectionError of one line."""
     try:
         return function(name, **options)
