@@ -28,8 +28,7 @@ import numpy as np
 from fast import for_blocks, in_blocks, matmul, own_threads
 
 Array = np.ndarray
-QUERIES = 128  # per block of attention: enough for fast products, few enough to skip keys
-TARGETS = 128  # per block of scores, each of n_vocab logits
+ROWS = 128  # of attention and logits per block: enough for fast products, few enough to skip keys
 
 
 @in_blocks
@@ -107,7 +106,7 @@ def causal_attention(q, k, v):
             q[..., start:end, :], k[..., :n_seen, :], v[..., :n_seen, :], mask
         )
 
-    for_blocks(attend, n_q, QUERIES)
+    for_blocks(attend, n_q, ROWS)
     return y
 
 
@@ -117,9 +116,8 @@ def mha(x, c_attn, c_proj, n_head, kv=None, n_out=None):
     kv: this layer's part of a KVCache, [2, ..., n_head, n_kv, d_head]. mha fills its last n_seq
     positions. n_out: compute only the last n_out positions; all by default.
 
-    In 124M, 10 tokens are x [10, 768]. c_attn turns it into qkv [10, 2304]: for each token q, k
-    and v with 12 heads of 64 each. So q, k, v and the result of attention are [12, 10, 64].
-    Joining the heads gives [10, 768] again.
+    In 124M, 10 tokens are x [10, 768]. c_attn makes qkv [10, 2304] of it: for each token q, k and v
+    with 12 heads of 64 each. So q, k, v and the result of attention are [12, 10, 64].
     """
     *batch, n_seq, n_embd = x.shape
     qkv = linear(x, **c_attn)  # [..., n_seq, 3 * n_embd]
@@ -150,12 +148,11 @@ class KVCache:
     """The keys and values of the tokens that the model has seen, so that it can go on after them.
 
     params, n_head: of the model. n_max: how many tokens fit, n_ctx by default. batch: the shape of
-    the leading axes of the inputs.
-
-    kv is float32 [n_layer, 2, *batch, n_head, n_max, d_head]. Its first n_past tokens are valid.
+    the leading axes of the inputs. kv: float32 [n_layer, 2, *batch, n_head, n_max, d_head], of
+    which the first n_past tokens are valid.
     """
 
-    def __init__(self, params: dict, n_head: int, n_max: int | None = None, batch: tuple = ()):
+    def __init__(self, params, n_head, n_max=None, batch=()):
         n_ctx, n_embd = params["wpe"].shape
         check_n_head(n_head, n_embd)
         shape = (len(params["blocks"]), 2, *batch, n_head, n_max or n_ctx, n_embd // n_head)
@@ -249,10 +246,8 @@ def check_cache(cache, axes, d_head):
 class Options:
     """How to generate text. Raises ValueError if a value is out of range.
 
-    n_tokens_to_generate: the maximum number of new tokens.
     temperature, top_k, top_p: see token_probs. Temperature 0 always takes the most likely token.
-    seed: the same random seed gives the same ids.
-    n_samples: how many continuations to draw.
+    seed: the same random seed gives the same ids. n_samples: how many continuations to draw.
     """
 
     n_tokens_to_generate: int = 40
@@ -262,7 +257,7 @@ class Options:
     seed: int | None = None
     n_samples: int | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         for name, value in vars(self).items():
             least = 1 if name == "n_samples" else 0
             if value is not None and not value >= least:  # NaN fails this, too
@@ -272,7 +267,7 @@ class Options:
 
 
 @np.errstate(all="ignore")  # at extreme temperatures, unlikely tokens become -inf or NaN
-def token_probs(logits: Any, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Array:
+def token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     """The probabilities from which `sample` draws: logits [n_vocab] -> float32 [n_vocab].
 
     They are softmax(logits / temperature). top_k keeps only the k most likely tokens (0: all),
@@ -280,7 +275,7 @@ def token_probs(logits: Any, temperature: float = 1.0, top_k: int = 0, top_p: fl
     sampling, Holtzman et al., 2020). Tokens that tie with the last one are kept. All others have
     probability 0.
 
-    Raises ValueError for options out of range, and if the largest logit is not a finite number.
+    Raises ValueError for options out of range, and if the largest logit is not finite.
     """
     Options(temperature=temperature, top_k=top_k, top_p=top_p)
     logits = check_logits(logits)
@@ -319,14 +314,15 @@ def most_likely(logits):
     return token_id
 
 
-def sample(logits: Any, rng: np.random.Generator, temperature=1.0, top_k=0, top_p=1.0) -> int:
-    """Draw the next token's id from logits [n_vocab]. At temperature 0, take the most likely one.
+def sample(logits, rng, temperature=1.0, *others, **options):
+    """Draw the next token's id from logits [n_vocab], or take the most likely one at temperature 0.
 
-    Raises what token_probs raises.
+    rng: a numpy.random.Generator. The other arguments are those of token_probs.
     """
     if temperature == 0:
         return most_likely(check_logits(logits))
-    cumulative = np.cumsum(token_probs(logits, temperature, top_k, top_p), dtype=np.float64)
+    probs = token_probs(logits, temperature, *others, **options)
+    cumulative = np.cumsum(probs, dtype=np.float64)
     total = cumulative[-1]
     # The draw stays below the total: rounding must not select a token after the last possible one.
     drawn = min(rng.random() * total, np.nextafter(total, 0))
@@ -341,9 +337,8 @@ def generate(
 ) -> list:
     """Continue the token ids `inputs` -> list of the new ids. `inputs` is not modified.
 
-    options: those of `stream`. With n_samples, the result is a list of lists.
-
-    Shows a progress bar on a terminal. Raises what `stream` raises.
+    options: those of `stream`. With n_samples, the result is a list of lists. Shows a progress bar
+    on a terminal. Raises what `stream` raises.
     """
     from terminal import progress_bar
 
@@ -428,7 +423,8 @@ def log_probs(ids: Sequence[int], params: dict, n_head: int) -> Array:
     Returns float32 [len(ids) - 1]. The perplexity is exp(-mean). A text of more than n_ctx + 1 ids
     is scored in windows of n_ctx ids that move by n_ctx // 2: each id once, with the context in its
     window. This is the method of transformers' guide "Perplexity of fixed-length models", with a
-    stride of n_ctx // 2. Raises what `gpt2` raises.
+    stride of n_ctx // 2. To include the first token of a text, put the id that starts a text
+    (encoder.start_id) before it. Raises what `gpt2` raises.
     """
     ids = check_ids(ids, len(params["wte"]), max_ndim=1)
     parts = [np.empty(0, np.float32)]
@@ -439,8 +435,8 @@ def log_probs(ids: Sequence[int], params: dict, n_head: int) -> Array:
     return np.concatenate(parts)
 
 
-def windows(ids: Sequence[int], n_ctx: int, n_context: int = 1) -> Iterator[tuple[Sequence, int]]:
-    """Yield (window, n_targets): parts of ids, and how many of its last ids to score.
+def windows(ids, n_ctx, n_context=1):
+    """Yield (window, n_targets): a part of ids, and how many of its last ids to score.
 
     Together, the targets are all ids but the first n_context.
     """
@@ -464,7 +460,7 @@ class Scores(NamedTuple):
 
 
 @np.errstate(under="ignore")
-def score(states: Array, targets: Array, wte: Array) -> Scores:
+def score(states, targets, wte):
     """Score the targets [n], given the final states [n, n_embd] before them.
 
     The log-probability is log(softmax(logits)) = logits - log(sum(exp(logits))), where the largest
@@ -480,21 +476,37 @@ def score(states: Array, targets: Array, wte: Array) -> Scores:
             scores.log_probs[i] = chosen - np.log(np.exp(row, out=row).sum())
             scores.is_likeliest[i] = chosen == 0
 
-    for_blocks(score_rows, len(targets), TARGETS)
+    for_blocks(score_rows, len(targets), ROWS)
     return scores
 
 
 # From text to text
 
 
+def token_log_probs(text: str, model: tuple, context: str = "") -> list[tuple[str, float]]:
+    """The tokens of a text with their natural log-probabilities, after a context.
+
+    Without a context, the first token is predicted from the token that starts a text. Raises
+    ValueError if a token is part of both texts, as " king" is of "The kin" and "g".
+    """
+    encoder, hparams, params = model
+    before = encoder.encode(context)
+    ids = encoder.encode(context + text)
+    if ids[: len(before)] != before:
+        raise ValueError(f"a token joins the end of the context to the text: {context[-20:]!r}")
+    if not before:
+        before = [encoder.start_id]
+        ids = before + ids
+    scores = log_probs(ids, params, hparams["n_head"])[len(before) - 1 :]
+    tokens = [encoder.decode([token_id]) for token_id in ids[len(before) :]]
+    return list(zip(tokens, scores.tolist(), strict=True))
+
+
 def continuation(
     prompt: str, model: tuple, n_tokens_to_generate: int = 40, **options: Any
 ) -> Iterator[str]:
-    """Continue a text -> iterator over pieces of new text, as they come.
-
-    options: see `continue_text`.
-    """
-    rows = continue_text(prompt, model, n_tokens_to_generate, n_samples=1, **options)
+    """Continue a text -> iterator over pieces of new text. options: see `continue_text`."""
+    rows = continue_text(prompt, model, n_tokens_to_generate, 1, **options)
     return (text for (text,) in rows)
 
 
@@ -502,7 +514,7 @@ def continuations(
     prompt: str, model: tuple, n_samples: int, n_tokens_to_generate: int = 40, **options: Any
 ) -> list[str]:
     """Continue a text n_samples times -> the new texts. options: see `continue_text`."""
-    rows = continue_text(prompt, model, n_tokens_to_generate, n_samples=n_samples, **options)
+    rows = continue_text(prompt, model, n_tokens_to_generate, n_samples, **options)
     return ["".join(pieces) for pieces in zip(*rows, strict=True)]
 
 
@@ -516,8 +528,7 @@ def continue_text(
     allowed_special: see Encoder.encode.
     options: see Options.
 
-    Raises what `stream` and Encoder.encode raise, and ValueError if the prompt is empty and the
-    model has no token that starts a text.
+    Raises what `stream` and Encoder.encode raise, and ValueError if no token starts a text.
     """
     from encoder import TextDecoder
 
@@ -543,8 +554,7 @@ def printed(prompt, model, n_tokens_to_generate, n_samples=None, **options):
         return
     texts = continuations(prompt, model, n_samples, n_tokens_to_generate, **options)
     line = "=" * 40
-    sections = [f"{line} SAMPLE {i} {line}\n{text}" for i, text in enumerate(texts, 1)]
-    yield "\n".join(sections)
+    yield "\n".join([f"{line} SAMPLE {i} {line}\n{text}" for i, text in enumerate(texts, 1)])
 
 
 def main(
@@ -552,14 +562,13 @@ def main(
     n_tokens_to_generate: int = 40,
     model_size: str = "124M",
     models_dir: str = "models",
-    *,
     stop: str | Collection[str] = (),
     allowed_special: Collection[str] = (),
     **options: Any,
 ) -> str:
-    """Load a model and continue the prompt -> the text that the command line prints.
+    """Load a model and continue the prompt -> the text that the command prints; see continue_text.
 
-    For the options see `continue_text`. Raises what it and utils.py raise.
+    Raises what `continue_text` and utils.py raise.
     """
     from utils import load_encoder_hparams_and_params
 
@@ -590,12 +599,10 @@ def command(
         python gpt2.py "ROMEO:" --model_size tiny
 
     PROMPT                       the text, in quotes. Without it, or as -, it is read from standard
-                                 input, without the final newline. "" is an empty prompt. Write
-                                 --prompt="-x" for a text that starts with a dash
+                                 input. --prompt="-x" is for a text that starts with a dash
     --n_tokens_to_generate 40    the maximum number of new tokens
-    --model_size 124M            124M, 355M, 774M or 1558M (downloaded on first use), the name of a
-                                 folder in models_dir, a path of a folder, or the name of a GPT-2
-                                 on the Hugging Face Hub (openai-community/gpt2)
+    --model_size 124M            124M, 355M, 774M or 1558M (downloaded on first use), a folder in
+                                 models_dir or its path, or owner/name on the Hugging Face Hub
     --models_dir models          the folder that holds the models
     --temperature 0.0            0 always takes the most likely token; 1 draws from the model's
                                  probabilities
@@ -603,8 +610,7 @@ def command(
     --top_p 1.0                  draw from the smallest set of most likely tokens with this total
                                  probability, such as 0.9
     --seed                       random seed: the same seed gives the same text
-    --n_samples 1                the number of continuations, which are printed under headings. At
-                                 temperature 0, they are all equal
+    --n_samples 1                the number of continuations, which are printed under headings
     --stop                       stop before this text appears; \n is a newline. Give it several
                                  times to stop before any of several texts
     --special_tokens             read the names of special tokens in the prompt, such as
@@ -624,7 +630,7 @@ def command(
         raise UsageError('there is no prompt; try: python gpt2.py "ROMEO:" --model_size tiny')
     unused = options.keys() - {"temperature"}
     if unused and not options.get("temperature"):
-        names = ", ".join(f"--{name}" for name in sorted(unused))
+        names = ", ".join(sorted(unused))
         note(f"gpt2.py: warning: at temperature 0, the text does not depend on {names}")
     options["stop"] = [each.replace("\\n", "\n") for each in stop]
     options["allowed_special"] = "all" if special_tokens else ()

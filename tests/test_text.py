@@ -2,8 +2,17 @@
 
 import random
 
+import numpy as np
 import pytest
-from helpers import SMALL_HPARAMS, flat, random_params, tiktoken_encoding, write_vocabulary
+from helpers import (
+    SMALL_HPARAMS,
+    flat,
+    float64_gpt2,
+    float64_softmax,
+    random_params,
+    tiktoken_encoding,
+    write_vocabulary,
+)
 
 import gpt2
 from encoder import get_encoder
@@ -52,6 +61,26 @@ def test_continuation_streams_each_token(tiny, scripted):
         assert shown == tiny[0].decode(ids[:n])
         assert len(asked) == n
     assert shown + "".join(pieces) == text
+
+
+def test_token_log_probs(tiny):
+    """The first token counts. Together, the parts have the probability of the whole text."""
+    encoder, hparams, params = tiny
+    text = "O Romeo, Romeo! wherefore art thou Romeo?"
+    ids = [encoder.start_id, *encoder.encode(text)]
+    exact = np.log(float64_softmax(float64_gpt2(ids, params, hparams["n_head"])))
+    exact = exact[np.arange(len(ids) - 1), ids[1:]]
+    tokens, found = zip(*gpt2.token_log_probs(text, tiny), strict=True)
+    assert "".join(tokens) == text
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-4)
+    context = "O Romeo, Romeo!"
+    after = gpt2.token_log_probs(text[len(context) :], tiny, context)
+    without_start = np.log(float64_softmax(float64_gpt2(ids[1:], params, hparams["n_head"])))
+    exact = without_start[np.arange(len(ids) - 2), ids[2:]][-len(after) :]
+    np.testing.assert_allclose([each for _, each in after], exact, rtol=0, atol=1e-4)
+    assert gpt2.token_log_probs("", tiny, "O") == []
+    with pytest.raises(ValueError, match="joins the end of the context to the text: 'The kin'"):
+        gpt2.token_log_probs("g", tiny, "The kin")
 
 
 # Stop texts

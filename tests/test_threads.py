@@ -36,8 +36,7 @@ def blas_threads():
 def small_blocks(monkeypatch):
     """Let the small model have blocks for several threads in every function."""
     monkeypatch.setattr(fast, "BLOCK", 2000)
-    monkeypatch.setattr(gpt2, "TARGETS", 8)
-    monkeypatch.setattr(gpt2, "QUERIES", 32)
+    monkeypatch.setattr(gpt2, "ROWS", 32)
 
 
 @pytest.fixture(autouse=True)
