@@ -1,11 +1,11 @@
 """OpenAI's weights, if they are in models/, against the results that others have published.
 
-    python -m pytest -m real
+    python -m pytest -m real tests/test_real_weights.py
 
 data/published.json holds the results and their sources. Each is checked with OpenAI's checkpoint
 (models/124M) and with the Hub's folder (models/openai-community/gpt2), or skipped where a folder is
-missing. Nothing is downloaded. The tests at the end are always run: they check the checks, with a
-small random model in place of the real ones.
+missing. Nothing is downloaded, and the command needs only pytest and the library's own packages.
+The tests at the end check the checks, with a small random model. They are always run.
 """
 
 import functools
