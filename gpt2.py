@@ -2,7 +2,16 @@
 
 gpt2_pico.py has the same model on one screen. fast.py has what speed needs; no formula depends on
 it. The formulas are those of openai/gpt-2's model.py. The paper is "Language Models are
-Unsupervised Multitask Learners" (Radford et al., 2019). All arrays but ids are float32. Dimensions:
+Unsupervised Multitask Learners" (Radford et al., 2019). All arrays but ids are float32.
+
+params of 124M, by the names of the functions' arguments:
+
+    wte [50257, 768]    wpe [1024, 768]    ln_f: g [768], b [768]    blocks: 12 of
+        ln_1, ln_2: g [768], b [768]
+        attn: c_attn: w [768, 2304], b [2304]    c_proj: w [768, 768], b [768]
+        mlp: c_fc: w [768, 3072], b [3072]       c_proj: w [3072, 768], b [768]
+
+Dimensions:
 
     n_vocab, n_ctx, n_embd, n_head, n_layer    the sizes of the model, as in hparams.json
     d_head                                     n_embd / n_head, the width of one attention head
@@ -502,18 +511,14 @@ def token_log_probs(text: str, model: tuple, context: str = "") -> list[tuple[st
     return list(zip(tokens, scores.tolist(), strict=True))
 
 
-def continuation(
-    prompt: str, model: tuple, n_tokens_to_generate: int = 40, **options: Any
-) -> Iterator[str]:
-    """Continue a text -> iterator over pieces of new text. options: see `continue_text`."""
+def continuation(prompt, model, n_tokens_to_generate=40, **options):
+    """Continue a text -> iterator over pieces of the new text. options: see `continue_text`."""
     rows = continue_text(prompt, model, n_tokens_to_generate, 1, **options)
     return (text for (text,) in rows)
 
 
-def continuations(
-    prompt: str, model: tuple, n_samples: int, n_tokens_to_generate: int = 40, **options: Any
-) -> list[str]:
-    """Continue a text n_samples times -> the new texts. options: see `continue_text`."""
+def continuations(prompt, model, n_samples, n_tokens_to_generate=40, **options):
+    """Continue a text n_samples times -> list of new texts. options: see `continue_text`."""
     rows = continue_text(prompt, model, n_tokens_to_generate, n_samples, **options)
     return ["".join(pieces) for pieces in zip(*rows, strict=True)]
 
@@ -558,14 +563,14 @@ def printed(prompt, model, n_tokens_to_generate, n_samples=None, **options):
 
 
 def main(
-    prompt: str,
-    n_tokens_to_generate: int = 40,
-    model_size: str = "124M",
-    models_dir: str = "models",
-    stop: str | Collection[str] = (),
-    allowed_special: Collection[str] = (),
-    **options: Any,
-) -> str:
+    prompt,
+    n_tokens_to_generate=40,
+    model_size="124M",
+    models_dir="models",
+    stop=(),
+    allowed_special=(),
+    **options,
+):
     """Load a model and continue the prompt -> the text that the command prints; see continue_text.
 
     Raises what `continue_text` and utils.py raise.

@@ -221,6 +221,8 @@ def tiktoken_encoding(models_dir, name):
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # or it would keep old vocabularies, by their path
+
     folder = Path(models_dir, name)
     ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
     special = {"<|endoftext|>": len(ranks)}
