@@ -342,7 +342,7 @@ def sample(logits, rng, temperature=1.0, *others, **options):
 
 
 def generate(
-    inputs: Sequence[int], params: dict, n_head: int, n_tokens_to_generate: int, **options: Any
+    inputs: Sequence[int], params, n_head: int, n_tokens_to_generate: int, **options
 ) -> list:
     """Continue the token ids `inputs` -> list of the new ids. `inputs` is not modified.
 
@@ -360,13 +360,7 @@ def generate(
 
 
 def stream(
-    inputs: Sequence[int],
-    params: dict,
-    n_head: int,
-    n_tokens_to_generate: int,
-    *,
-    stop_id: int | Collection[int] = (),
-    **options: Any,
+    inputs: Sequence[int], params, n_head: int, n_tokens_to_generate: int, stop_id=(), **options
 ) -> Iterator:
     """Continue token ids -> iterator over the new ids, as they are chosen.
 
