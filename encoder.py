@@ -106,14 +106,14 @@ class Encoder:
             ids += [self.start_id, *self.encode_ordinary(part)]
         return ids
 
-    def allowed_names(self, allowed_special: Iterable[str]) -> set[str]:
+    def allowed_names(self, allowed_special):
         """Return the names of the special tokens to make; see `encode`."""
         names = set(self.special_tokens if allowed_special == "all" else allowed_special)
         for name in names - self.special_tokens.keys():
             raise ValueError(f"{name!r} is not a special token, only {list(self.special_tokens)}")
         return names
 
-    def encode_ordinary(self, text: str) -> list[int]:
+    def encode_ordinary(self, text):
         """Return the ids of a text without special tokens."""
         ids = []
         for word in self.pat.findall(text):
@@ -123,7 +123,7 @@ class Encoder:
                 ids += self.encode_word(word)
         return ids
 
-    def encode_word(self, word: str) -> tuple[int, ...]:
+    def encode_word(self, word):
         """Return the ids of a word, and remember them: " rôle" -> "ĠrÃ´le" -> (374, 27083, 293)."""
         chars = "".join([self.byte_encoder[byte] for byte in word.encode()])
         tokens = [chars] if chars in self.whole_words else self.bpe(chars)
@@ -136,7 +136,7 @@ class Encoder:
             self.cache[word] = ids
         return ids
 
-    def bpe(self, chars: str) -> list[str]:
+    def bpe(self, chars):
         """Merge the characters of a word into tokens.
 
         The pair that comes first in the list of merges (the one of the lowest rank) is joined
@@ -193,7 +193,7 @@ class Encoder:
             self.token_bytes[token_id] = self.decode_token(token_id)
         return b"".join([self.token_bytes[token_id] for token_id in ids])
 
-    def decode_token(self, token_id: int) -> bytes:
+    def decode_token(self, token_id):
         """Return the bytes of one token: 293 -> "le" -> b"le"."""
         if token_id not in self.decoder:
             raise ValueError(
@@ -211,7 +211,7 @@ class Encoder:
         return hashlib.sha256(repr(state).encode()).hexdigest()
 
 
-def valid_text(text: str) -> str:
+def valid_text(text):
     """Return text with surrogate pairs joined to characters and lone surrogates as U+FFFD."""
     if not isinstance(text, str):
         raise TypeError(f"encode takes a text of type str, not {type(text).__name__}")
@@ -279,7 +279,7 @@ def get_encoder(model_name: str, models_dir: str) -> Encoder:
     return Encoder(vocabulary, merges)
 
 
-def read_utf8(path: Path) -> str:
+def read_utf8(path):
     """Return the text of a file, without a byte order mark. Line ends become newlines.
 
     Raises ValueError for a file that is not UTF-8 or is a Git LFS pointer.
@@ -296,7 +296,7 @@ def read_utf8(path: Path) -> str:
     return text
 
 
-def read_json(path: Path) -> dict:
+def read_json(path):
     """Return the content of a JSON file that holds an object.
 
     Raises ValueError, naming the file, if it holds anything else.
@@ -311,7 +311,7 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_merges(path: Path) -> Merges:
+def read_merges(path):
     """Return the merges of a file with one merge per line: two tokens and a space between them.
 
     A line that starts with "#version" is skipped.
@@ -320,7 +320,7 @@ def read_merges(path: Path) -> Merges:
     return [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
 
 
-def check_vocabulary(vocabulary: Vocabulary, merges: Merges, path: Path, merges_path: Path) -> None:
+def check_vocabulary(vocabulary, merges, path, merges_path):
     """Raise ValueError, naming the file, unless all ids and merges can be used.
 
     The ids must be 0 to n - 1, each used once. The parts and the result of a merge must be tokens,

@@ -635,7 +635,7 @@ def command(
     options["allowed_special"] = "all" if special_tokens else ()
     model = load_encoder_hparams_and_params(model_size, models_dir)
 
-    def answer(text: str) -> Iterator[str]:
+    def answer(text):
         yield from printed(text, model, n_tokens_to_generate, **options)
         yield "\n"
 

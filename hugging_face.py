@@ -167,7 +167,7 @@ class Folder(NamedTuple):
     layer_norm: dict[str, float]
 
 
-def read_folder(model_dir: str) -> Folder:
+def read_folder(model_dir: str | Path) -> Folder:
     """Read the model in the folder model_dir.
 
     Raises ValueError for a model that is not supported and for damaged files, FileNotFoundError for
