@@ -118,20 +118,25 @@ def random_variables(hparams, seed=0):
     return variables
 
 
-def save_variables(prefix, variables):
-    """Save {name: array} as a TensorFlow checkpoint, with the file `checkpoint` that names it."""
+def save_data(prefix, variables):
+    """Save {name: array} as the data file and the index of a TensorFlow checkpoint."""
     import tensorflow as tf
 
-    prefix = Path(prefix)
     names = sorted(variables)
+    tensors = [tf.constant(variables[name]) for name in names]
+    slices = [""] * len(names)
     tf.raw_ops.SaveV2(
-        prefix=str(prefix),
-        tensor_names=names,
-        shape_and_slices=[""] * len(names),
-        tensors=[tf.constant(variables[name]) for name in names],
+        prefix=str(prefix), tensor_names=names, shape_and_slices=slices, tensors=tensors
     )
-    keys = ("model_checkpoint_path", "all_model_checkpoint_paths")
-    lines = [f'{key}: "{prefix.name}"\n' for key in keys]
+
+
+def save_variables(prefix, variables):
+    """Save {name: array} as a TensorFlow checkpoint, with the file `checkpoint` that names it."""
+    save_data(prefix, variables)
+    lines = [
+        f'{key}: "{prefix.name}"\n'
+        for key in ("model_checkpoint_path", "all_model_checkpoint_paths")
+    ]
     (prefix.parent / "checkpoint").write_text("".join(lines))
 
 
@@ -160,33 +165,15 @@ def copy_model(model_dir, target):
 
 def random_params(hparams, seed=0):
     """The params dict of a random model, built without utils.py."""
-    variables = random_variables(hparams, seed)
-
-    def part(name, **keys):
-        return {key: variables[f"model/{name}/{key}"].reshape(shape) for key, shape in keys.items()}
-
-    n = hparams["n_embd"]
-    blocks = [
-        {
-            "ln_1": part(f"h{i}/ln_1", g=n, b=n),
-            "attn": {
-                "c_attn": part(f"h{i}/attn/c_attn", w=(n, 3 * n), b=3 * n),
-                "c_proj": part(f"h{i}/attn/c_proj", w=(n, n), b=n),
-            },
-            "ln_2": part(f"h{i}/ln_2", g=n, b=n),
-            "mlp": {
-                "c_fc": part(f"h{i}/mlp/c_fc", w=(n, 4 * n), b=4 * n),
-                "c_proj": part(f"h{i}/mlp/c_proj", w=(4 * n, n), b=n),
-            },
-        }
-        for i in range(hparams["n_layer"])
-    ]
-    return {
-        "wte": variables["model/wte"],
-        "wpe": variables["model/wpe"],
-        "blocks": blocks,
-        "ln_f": part("ln_f", g=n, b=n),
-    }
+    params = {}
+    for name, array in random_variables(hparams, seed).items():
+        *keys, last = name.split("/")[1:]
+        place = params
+        for key in keys:
+            place = place.setdefault(key, {})
+        place[last] = array.reshape(array.shape[-2:])
+    params["blocks"] = [params.pop(f"h{layer}") for layer in range(hparams["n_layer"])]
+    return params
 
 
 def map_arrays(function, params):
@@ -198,18 +185,17 @@ def map_arrays(function, params):
     return function(params)
 
 
-def flat(params):
+def flat(value, name="model"):
     """{variable name: array} of a params dict."""
-    result = {"model/wte": params["wte"], "model/wpe": params["wpe"]}
-    result |= {f"model/ln_f/{key}": array for key, array in params["ln_f"].items()}
-    for i, block in enumerate(params["blocks"]):
-        for part, content in block.items():
-            for key, value in content.items():
-                leaves = value if isinstance(value, dict) else {"": value}
-                result |= {
-                    f"model/h{i}/{part}/{key}/{leaf}".rstrip("/"): array
-                    for leaf, array in leaves.items()
-                }
+    if not isinstance(value, dict):
+        return {name: value}
+    result = {}
+    for key, part in value.items():
+        if key == "blocks":
+            for layer, block in enumerate(part):
+                result |= flat(block, f"{name}/h{layer}")
+        else:
+            result |= flat(part, f"{name}/{key}")
     return result
 
 
@@ -243,6 +229,10 @@ def float64_layer_norm(x, g, b):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * g + b
 
 
+def float64_linear(x, w, b):
+    return x @ w + b
+
+
 def float64_gpt2(ids, params, n_head):
     """The logits [n_seq, n_vocab] of a GPT-2 in float64, one head and one query at a time."""
     params = map_arrays(lambda array: array.astype(np.float64, copy=False), params)
@@ -254,16 +244,17 @@ def float64_gpt2(ids, params, n_head):
 
 def float64_block(x, n_head, ln_1, attn, ln_2, mlp):
     n_seq, n_embd = x.shape
-    qkv = float64_layer_norm(x, **ln_1) @ attn["c_attn"]["w"] + attn["c_attn"]["b"]
-    heads = np.empty((n_seq, n_embd))
-    for columns in np.split(np.arange(n_embd), n_head):
-        q, k, v = (qkv[:, i * n_embd + columns] for i in range(3))
+    qkv = float64_linear(float64_layer_norm(x, **ln_1), **attn["c_attn"])
+    q, k, v = qkv.reshape(n_seq, 3, n_head, -1).transpose(1, 2, 0, 3)
+    heads = np.empty_like(q)
+    for head in range(n_head):
         for i in range(n_seq):
-            weights = float64_softmax(k[: i + 1] @ q[i] / math.sqrt(len(columns)))
-            heads[i, columns] = weights @ v[: i + 1]
-    x = x + heads @ attn["c_proj"]["w"] + attn["c_proj"]["b"]
-    hidden = float64_gelu(float64_layer_norm(x, **ln_2) @ mlp["c_fc"]["w"] + mlp["c_fc"]["b"])
-    return x + hidden @ mlp["c_proj"]["w"] + mlp["c_proj"]["b"]
+            weights = float64_softmax(k[head, : i + 1] @ q[head, i] / math.sqrt(q.shape[-1]))
+            heads[head, i] = weights @ v[head, : i + 1]
+    heads = heads.swapaxes(0, 1).reshape(n_seq, n_embd)
+    x = x + float64_linear(heads, **attn["c_proj"])
+    hidden = float64_gelu(float64_linear(float64_layer_norm(x, **ln_2), **mlp["c_fc"]))
+    return x + float64_linear(hidden, **mlp["c_proj"])
 
 
 # Processes

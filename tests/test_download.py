@@ -5,12 +5,12 @@ downloads what is missing.
 """
 
 import base64
+import contextlib
 import errno
 import fcntl
 import functools
 import gzip
 import hashlib
-import io
 import os
 import random
 import re
@@ -22,10 +22,11 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import requests
-from helpers import FILES, ROOT
+from helpers import FILES, ROOT, Terminal
 from server import ALWAYS, Fault, Server
 
 import utils
@@ -88,21 +89,11 @@ def download(folder, model_size="355M"):
 
 def download_fails(folder, message, model_size="355M", error_class=OSError):
     """Expect an error of a documented class, in one line that matches a regular expression."""
-    with pytest.raises(error_class) as caught:
+    with pytest.raises(error_class, match=message) as caught:
         download(folder, model_size)
     assert not isinstance(caught.value, requests.RequestException)
-    assert re.search(message, str(caught.value))
     assert "\n" not in str(caught.value)
     return caught.value
-
-
-def size_of(path):
-    return path.stat().st_size if path.exists() else 0
-
-
-def is_resumed(request, kept):
-    """The last byte may be requested again, so that there always is a range to request."""
-    return (request.start or 0) in (kept, max(kept - 1, 0))
 
 
 def missing(folder):
@@ -118,17 +109,17 @@ def check_complete(folder, files):
 def check_completes(folder, server):
     """Each missing file takes one request, which resumes a partial file.
 
-    Then all files are intact, and a third download has nothing to do.
+    Its last byte is requested again, so that there always is a range to request. Then all files are
+    intact, and a third download has nothing to do.
     """
-    expected = missing(folder)
-    kept = {}
-    for name in SIZES:
-        kept[name] = size_of(folder / f"{name}.part")
+    expected = []
+    for name in missing(folder):
+        part = folder / f"{name}.part"
+        kept = part.stat().st_size if part.exists() else 0
+        expected.append((name, max(kept - 1, 0)))
     server.heal()
     download(folder)
-    assert [request.name for request in server.requests] == expected
-    for request in server.requests:
-        assert is_resumed(request, kept[request.name])
+    assert [(request.name, request.start) for request in server.requests] == expected
     check_complete(folder, server.files)
     server.heal()
     download(folder)
@@ -140,17 +131,16 @@ def check_completes(folder, server):
 
 def test_missing_files_are_downloaded(server, folder):
     folder.mkdir()
-    for name in ("hparams.json", "notes.txt"):
-        (folder / name).write_text("mine")
+    mine = [folder / "hparams.json", folder / "notes.txt"]
+    for path in mine:
+        path.write_text("mine")
     download(folder)
-    assert [request.name for request in server.requests] == [
-        n for n in SIZES if n != "hparams.json"
-    ]
-    assert {request.size for request in server.requests} == {"355M"}
+    expected = [("355M", name) for name in SIZES if name != "hparams.json"]
+    assert [(request.size, request.name) for request in server.requests] == expected
     assert {request.headers["Accept-Encoding"] for request in server.requests} == {"identity"}
-    for name in ("hparams.json", "notes.txt"):
-        assert (folder / name).read_text() == "mine"
-        (folder / name).unlink()
+    for path in mine:
+        assert path.read_text() == "mine"
+        path.unlink()
     check_completes(folder, server)
 
 
@@ -175,12 +165,11 @@ UNUSABLE = (
 def test_unusable_addresses_raise(tmp_path, monkeypatch, capfd, address, secret):
     """A download that fails at once leaves no empty folder, and no message shows a password."""
     monkeypatch.setenv("GPT2_BASE_URL", address.replace("//", f"//{secret}"))
-    folder = tmp_path / "new" / "355M"
-    error = download_fails(folder, "", error_class=(ConnectionError, ValueError))
+    error = download_fails(
+        tmp_path / "new" / "355M", ".", error_class=(ConnectionError, ValueError)
+    )
     assert list(tmp_path.iterdir()) == []
-    shown = f"{error} {capfd.readouterr().err}"
-    assert "pass" not in shown
-    assert "user" not in shown
+    assert not re.search("user|pass", f"{error} {capfd.readouterr().err}")
 
 
 def test_a_user_and_a_password(server, folder, monkeypatch):
@@ -190,9 +179,9 @@ def test_a_user_and_a_password(server, folder, monkeypatch):
     assert {request.headers["Authorization"] for request in server.requests} == {credentials}
 
 
-@pytest.mark.parametrize("model_size", ["", "345M", "tiny"])
-def test_unknown_sizes_raise(server, folder, model_size):
-    download_fails(folder, r"124M, 355M, 774M, 1558M", model_size, ValueError)
+def test_unknown_sizes_raise(server, folder):
+    for model_size in ("", "345M", "tiny"):
+        download_fails(folder, "124M, 355M, 774M, 1558M", model_size, ValueError)
     assert not folder.exists()
     assert server.requests == []
 
@@ -200,130 +189,107 @@ def test_unknown_sizes_raise(server, folder, model_size):
 # Faults of the server
 
 
+class Case(NamedTuple):
+    """What comes of faults of the server when DATA is requested."""
+
+    n_requests: int | None  # that the download takes for DATA; None: any number
+    error: str | None  # the message; None if the download works
+    faults: tuple  # see Server.misbehave
+    times: int  # of the last fault
+    naps: list | None  # the sleeps in seconds; None: any
+    settings: dict  # other values of constants in utils
+
+
 def works(n_requests, *faults, times=1, naps=None, **settings):
-    """The server has these faults when DATA is requested. The download takes n_requests for it.
-
-    `times` is the number of the last fault, naps are the sleeps in seconds, and settings are other
-    values of constants in utils. None stands for any number and for any sleeps.
-    """
-    return n_requests, None, naps, faults, times, settings
+    return Case(n_requests, None, faults, times, naps, settings)
 
 
-def fails(n_requests, message, *faults, naps=None, **settings):
-    """The last fault stays, and the error has this message."""
-    return n_requests, message, naps, faults, ALWAYS, settings
+def fails(n_requests, error, *faults, naps=None, **settings):
+    """The last fault stays."""
+    return Case(n_requests, error, faults, ALWAYS, naps, settings)
 
 
-def cut(n_bytes=N // 2, then="close", headers="", ignores_range=False):
-    return Fault(headers=headers, sends=n_bytes, then=then, ignores_range=ignores_range)
+def cut(n_bytes=N // 2, then="close"):
+    return Fault(sends=n_bytes, then=then)
 
 
 def later(value):
     return Fault(429, f"Retry-After: {value}")
 
 
-def other_bytes(body):
-    return body[:-1] + bytes([body[-1] ^ 1])
-
-
 SILENCE = Fault(silent=True, then="close")
 RESET = Fault(silent=True, then="reset")
-SILENT_STALL = Fault(silent=True, then="stall")
-STALL = cut(then="stall")
-NO_BODY_STALL = cut(0, then="stall")
-LONGER = Fault(change=lambda body: body + b"!", headers=f"Content-Length: {N}")
 GZIP = Fault(change=gzip.compress, headers="Content-Encoding: gzip")
-RANGE_OF_50 = f"Content-Range: bytes {{start}}-{N // 2 + 49}/{N}"
-FIFTY_BYTES = Fault(change=lambda body: body[:50], headers=RANGE_OF_50)
 IGNORES_RANGE = Fault(ignores_range=True)
+CUT_AGAIN = Fault(ignores_range=True, sends=N // 2, then="close")
 FAULTS = {
     "206": fails(1, "HTTP status 206", 206),
     "404": fails(1, "HTTP status 404", 404),
-    "416": fails(1, "HTTP status 416", 416),
     "416 when resuming": works(3, cut(), 416),
     "some statuses": works(5, 408, 425, 500, 502),
     "503 and cuts": works(8, 503, cut(50_000), 504, RESET, 503, cut(50_000), 503),
     "503 for ever": fails(5, "HTTP status 503", 503, naps=[0.5, 1, 2, 4]),
     "later": works(2, later("7"), naps=[7]),
-    "much later": works(2, later("99999"), naps=[30]),
     "at too large a number": works(2, later("9" * 5000), naps=[30]),
     "at a later date": works(2, later("Wed, 06 Nov 2999 00:00:00 GMT"), naps=[0.5]),
-    "soon": works(2, later("soon"), naps=[0.5]),
     "redirects in a circle": fails(31, "redirects", Fault(302, f"Location: {DATA}")),
-    "redirect to ftp": fails(1, "ftp", Fault(302, "Location: ftp://127.0.0.1/")),
     "no answer": fails(5, "without response", SILENCE, naps=[0.5, 1, 2, 4]),
     "no answer after PATIENCE": fails(1, "without response", SILENCE, PATIENCE=-1),
     "no answer after PATIENCE, but bytes": fails(5, "without resp", cut(), SILENCE, PATIENCE=-1),
-    "silence": fails(1, "timed out", SILENT_STALL, TIMEOUT=(10, 0.3), PATIENCE=0.2),
-    "stall": works(None, STALL, TIMEOUT=(10, 0.5)),
-    "stall without a body": fails(1, "timed out", NO_BODY_STALL, TIMEOUT=(10, 0.3), PATIENCE=0.2),
+    "silence": fails(
+        1, "timed out", Fault(silent=True, then="stall"), TIMEOUT=(10, 0.3), PATIENCE=0.2
+    ),
+    "stall": works(None, cut(then="stall"), TIMEOUT=(10, 0.5)),
     "few bytes each time": works(None, cut(N // 20), times=ALWAYS),
-    "a byte long": works(1, LONGER),
     "web page": fails(1, "web page", "Content-Type: TEXT/HTML; charset=utf-8"),
     "gzip": fails(1, "state the length", GZIP),
     "no length": fails(1, "state the length", "Content-Length"),
-    "not a length": fails(None, "", cut(None, headers="Content-Length: long")),
     "range ignored": works(2, cut(), IGNORES_RANGE),
-    "range ignored for ever": fails(5, "more expected", cut(ignores_range=True)),
+    "range ignored for ever": fails(5, "more expected", CUT_AGAIN),
     "other range": works(3, cut(), f"Content-Range: bytes 0-{N - 1}/{N}"),
-    "no range": works(3, cut(), "Content-Range"),
     "other total": fails(6, "of", cut(), f"Content-Range: bytes {{start}}-{N - 1}/{N + 9}"),
-    "fifty bytes": works(3, cut(), FIFTY_BYTES),
 }
 
 
-@pytest.mark.parametrize("case", FAULTS)
+@pytest.mark.parametrize("case", FAULTS.values(), ids=FAULTS)
 def test_faults_of_the_server(server, folder, naps, monkeypatch, case):
     """The files before DATA are there, so that it is the first that the server is asked for."""
-    expected_requests, message, expected_naps, faults, times, settings = FAULTS[case]
     folder.mkdir()
     there = list(SIZES)[:3]
     for name in there:
         (folder / name).write_bytes(server.files[name])
-    server.misbehave(DATA, *faults, times=times)
+    server.misbehave(DATA, *case.faults, times=case.times)
     with monkeypatch.context() as patch:
-        for setting, value in settings.items():
+        for setting, value in case.settings.items():
             patch.setattr(utils, setting, value)
-        if message is None:
+        if case.error is None:
             download(folder)
             check_complete(folder, server.files)
         else:
-            download_fails(folder, f"{DATA}: .*{message}", error_class=ConnectionError)
-            assert missing(folder) == [name for name in SIZES if name not in there]
+            download_fails(folder, f"{DATA}: .*{case.error}", error_class=ConnectionError)
+            assert missing(folder) == list(SIZES)[3:]
     n_requests = len(server.asked(DATA))
-    assert expected_requests in (n_requests, None)
+    assert case.n_requests in (n_requests, None)
     assert n_requests <= 31
-    assert expected_naps in (naps, None)
+    assert case.naps in (naps, None)
     assert len(naps) < len(server.requests)  # no sleep without a retry
-    check_completes(folder, server)
-
-
-FAULTS_OF_FILES = zip(SIZES, 3 * [404, cut(0), RESET], strict=False)
-
-
-@pytest.mark.parametrize(("name", "fault"), list(FAULTS_OF_FILES))
-def test_faults_for_any_file(server, folder, name, fault):
-    server.misbehave(name, fault, times=ALWAYS)
-    download_fails(folder, re.escape(name))
     check_completes(folder, server)
 
 
 # Resuming
 
 
-@pytest.mark.parametrize("offset", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, N // 2, N - 1])
+@pytest.mark.parametrize("offset", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, N - 1])
 @pytest.mark.parametrize("then", ["close", "reset"])
 def test_resumes_where_the_connection_was_cut(server, folder, offset, then):
     server.misbehave(DATA, cut(offset, then))
     download(folder)
     first, second = server.asked(DATA)
-    assert (first.start, first.status, first.sent) == (None, 200, offset)
+    assert (first.start, first.status, first.sent) == (0, 200, offset)
+    assert second.start <= offset
     if then == "close":  # a reset can lose bytes in transit
-        whole_chunks = offset // CHUNK * CHUNK  # a new urllib3 returns no others
-        assert is_resumed(second, whole_chunks) or is_resumed(second, offset)
-    start = second.start or 0
-    assert start <= offset
-    assert start + second.sent == N
+        assert second.start >= offset // CHUNK * CHUNK - 1  # a new urllib3 returns whole chunks
+    assert second.start + second.sent == N
     check_complete(folder, server.files)
 
 
@@ -339,39 +305,30 @@ def test_an_interruption_loses_little(server, folder, monkeypatch):
     check_completes(folder, server)
 
 
-THE_FILE = random_files()[DATA]
-
-
 @pytest.mark.parametrize(
-    ("part", "n_requests", "sent"),
+    ("more", "expected"),
     [
-        (THE_FILE, 1, 1),  # killed before the verification
-        (THE_FILE[: N // 2], 1, N - N // 2 + 1),
-        (THE_FILE + b"!!", 2, N),
-        (b"", 1, N),
+        (b"", [(206, 1)]),  # killed before the verification
+        (b"!!", [(416, 0), (200, N)]),
     ],
 )
-def test_leftovers(server, folder, part, n_requests, sent):
+def test_leftovers(server, folder, more, expected):
     folder.mkdir()
-    (folder / f"{DATA}.part").write_bytes(part)
+    (folder / f"{DATA}.part").write_bytes(server.files[DATA] + more)
     download(folder)
     check_complete(folder, server.files)
-    asked = server.asked(DATA)
-    assert len(asked) == n_requests
-    assert asked[-1].sent == sent
+    assert [(request.status, request.sent) for request in server.asked(DATA)] == expected
 
 
-@pytest.mark.parametrize(
-    ("variable", "message"), [("GPT2_BASE_URL", "refused"), ("http_proxy", "ProxyError: .*refused")]
-)
-def test_nobody_listens(server, folder, naps, monkeypatch, variable, message):
+def test_a_proxy_that_does_not_listen(server, folder, naps, monkeypatch):
     for name in ("no_proxy", "http_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        monkeypatch.setenv(variable, f"http://127.0.0.1:{bound.getsockname()[1]}")
-        download_fails(folder, f"http://.*checkpoint: .*{message}", error_class=ConnectionError)
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{bound.getsockname()[1]}")
+        message = "http://.*checkpoint: ProxyError: .*refused"
+        download_fails(folder, message, error_class=ConnectionError)
     assert len(naps) == 4
     assert server.requests == []
 
@@ -395,10 +352,9 @@ def test_redirect_to_another_host(server, folder):
         download(folder)
         check_complete(folder, server.files)
         assert [request.status for request in other.asked(DATA)] == [200, 206]
-        assert server.sent < 10_000
 
 
-@pytest.mark.parametrize("scheme", ["https", "http", "HTTP"])
+@pytest.mark.parametrize("scheme", ["https", "HTTP"])
 def test_redirect_from_https_stays_https(server, folder, monkeypatch, scheme):
     """Requests to an https address are sent with http, because the server has no certificate."""
     send = requests.adapters.HTTPAdapter.send
@@ -434,13 +390,13 @@ def test_sha256_is_checked_by_default(server, folder, monkeypatch, model_size, v
     if value is not None:
         monkeypatch.setenv("GPT2_ALLOW_UNVERIFIED", value)
     checked = SIZES if model_size == "124M" else ("checkpoint", "encoder.json", "vocab.bpe")
-    for name, original in list(server.files.items()):
-        server.files[name] = other_bytes(original)
-        if name in checked:
-            download_fails(folder, f"{name}.*SHA-256", model_size)
-            assert name in missing(folder)
-            assert not list(folder.glob("*.part*"))
-            server.files[name] = original
+    intact = server.files
+    server.files = {name: body[:-1] + b"~" for name, body in intact.items()}
+    for name in checked:
+        download_fails(folder, f"{name}.*SHA-256", model_size)
+        assert name in missing(folder)
+        assert not list(folder.glob("*.part*"))
+        server.files[name] = intact[name]
     download(folder, model_size)
     check_complete(folder, server.files)
     lines = capfd.readouterr().err.splitlines()  # no progress bar without a terminal
@@ -457,15 +413,10 @@ def test_published_sha256(server, folder, monkeypatch, real_vocabulary):
     for name in ("encoder.json", "vocab.bpe"):
         server.files[name] = Path(*real_vocabulary, name).read_bytes()
     check_completes(folder, server)
-    (folder / "vocab.bpe").unlink()
-    server.files["vocab.bpe"] = random_files()["vocab.bpe"]
-    monkeypatch.setenv("GPT2_ALLOW_UNVERIFIED", "1")
-    check_completes(folder, server)
 
 
 def test_progress_bars_end_at_100_percent(server, folder, monkeypatch):
-    shown = io.StringIO()
-    shown.isatty = lambda: True
+    shown = Terminal()
     monkeypatch.setattr(sys, "stderr", shown)
     server.misbehave("model.ckpt.meta", cut(20_000))  # its second bar continues the first one
     download(folder)
@@ -476,12 +427,12 @@ def test_progress_bars_end_at_100_percent(server, folder, monkeypatch):
         assert f"{size:,}".split(",")[0] in last
 
 
-# The disk
+# The disk and the lock
 
 
-@pytest.mark.parametrize("room", [0, 40, 101_234])
-def test_a_file_that_cannot_grow(server, folder, room):
+def test_a_file_that_cannot_grow(server, folder):
     """The kernel's limit for the size of a file acts like a full disk: it writes what fits."""
+    room = 101_234
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
@@ -489,8 +440,7 @@ def test_a_file_that_cannot_grow(server, folder, room):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.errno == errno.EFBIG
-    if room:
-        assert [part.stat().st_size for part in folder.glob("*.part")] == [room]
+    assert [part.stat().st_size for part in folder.glob("*.part")] == [room]
     check_completes(folder, server)
 
 
@@ -510,9 +460,6 @@ def test_a_folder_that_cannot_be_written(server, folder):
     check_completes(folder, server)
 
 
-# The lock
-
-
 def test_a_folder_that_cannot_be_locked(server, folder, monkeypatch):
     """Some network file systems have no locks. The download works without one."""
 
@@ -526,20 +473,30 @@ def test_a_folder_that_cannot_be_locked(server, folder, monkeypatch):
 # Processes
 
 
+@contextlib.contextmanager
+def processes(server, folder, n=1):
+    """n processes that download the same files. They get their answers when the block ends."""
+    server.gate.clear()
+    quiet = {"cwd": ROOT, "stderr": subprocess.DEVNULL}
+    started = [subprocess.Popen([*DOWNLOAD, str(folder)], **quiet) for _ in range(n)]
+    yield started
+    server.gate.set()
+    for process in started:
+        process.wait(300)
+
+
 @pytest.mark.parametrize("nth", [7, 16, *map(slow, range(0, 30, 3))])
 def test_killed(server, folder, nth):
     """SIGINT and SIGKILL in turn, at points spread over the whole download."""
     server.files = random_files(seed=nth, **{DATA: 3_000_000, "model.ckpt.meta": 500_000})
     how = (signal.SIGINT, signal.SIGKILL)[nth % 2]
-    server.gate.clear()
-    with subprocess.Popen([*DOWNLOAD, str(folder)], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+    with processes(server, folder) as (process,):
 
         def kill():
             process.send_signal(how)
             process.wait()
 
         server.after(sum(map(len, server.files.values())) * nth // 30 + 1, kill)
-        server.gate.set()
     assert process.returncode == -how
     for path in folder.glob("*.part"):
         assert server.files[path.stem].startswith(path.read_bytes())
@@ -547,25 +504,12 @@ def test_killed(server, folder, nth):
     check_completes(folder, server)
 
 
-def start_processes(n, folder, tmp_path):
-    """Start downloads of the same files -> (processes, their logs)."""
-    logs = [tmp_path / f"{i}.log" for i in range(n)]
-    processes = []
-    for log in logs:
-        with log.open("w") as file:
-            processes.append(subprocess.Popen([*DOWNLOAD, str(folder)], cwd=ROOT, stderr=file))
-    return processes, logs
-
-
-@pytest.mark.parametrize("n", [3, slow(8)])
 @pytest.mark.parametrize("is_right", [True, False])
-def test_processes_wait_for_each_other(server, folder, tmp_path, n, is_right):
+def test_processes_wait_for_each_other(server, folder, is_right):
     """All but one wait for the lock of the large file, and then find the file or its rest."""
     if not is_right:  # the first one to get the lock is cut off
-        server.misbehave(DATA, *[cut(N // 2)] * n)
-    server.gate.clear()
-    processes, logs = start_processes(n, folder, tmp_path)
-    server.gate.set()
-    statuses = [process.wait(300) for process in processes]
-    assert statuses == [0] * n, [log.read_text() for log in logs]
+        server.misbehave(DATA, *[cut(N // 2)] * 3)
+    with processes(server, folder, 3) as started:
+        pass
+    assert [process.returncode for process in started] == [0, 0, 0]
     check_complete(folder, server.files)
