@@ -25,6 +25,7 @@ from helpers import (
     is_mapped,
     load,
     random_variables,
+    save_data,
     save_variables,
     write_model,
     write_vocabulary,
@@ -97,14 +98,14 @@ def test_first_load_and_mapped_load(model_dir, monkeypatch):
         check_params(load_gpt2_params_from_tf_ckpt(prefix, SMALL_HPARAMS))
 
 
-SIZES_OF_ONE = {"n_vocab": 269, "n_ctx": 1, "n_embd": 1, "n_head": 1, "n_layer": 1}
+OF_ONE = dict.fromkeys(("n_ctx", "n_embd", "n_head", "n_layer"), 1)
 
 
 @pytest.mark.parametrize(
     ("sizes", "dtype"),
     [
         ({"n_layer": 11, "n_embd": 6}, np.float32),  # h10 comes after h1 in the file
-        (SIZES_OF_ONE, np.float32),
+        (OF_ONE, np.float32),
         ({"n_embd": 9}, np.float16),
     ],
 )
@@ -131,29 +132,24 @@ def test_a_fine_tuned_model_with_other_variables(tmp_path):
         assert not list(model_dir.glob("*.verified"))
 
 
-def save_in_shards(prefix, variables):
-    """Save two data files, as a distributed training does."""
+def test_a_checkpoint_saved_again(model_dir):
+    """Another model, in one data file or in two, as a distributed training saves it."""
     import tensorflow as tf
 
-    names = sorted(variables)
-    parts = []
-    for some in (names[:9], names[9:]):
-        parts.append(str(prefix.with_name(f"part{len(parts)}")))
-        tensors = [tf.constant(variables[name]) for name in some]
-        tf.raw_ops.SaveV2(
-            prefix=parts[-1], tensor_names=some, shape_and_slices=[""] * len(some), tensors=tensors
-        )
-    tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=parts, destination_prefix=str(prefix))
-
-
-def test_a_checkpoint_saved_again_in_several_data_files(model_dir):
-    """The old data file may still lie beside them. A missing one is named."""
     load(model_dir)
-    save_in_shards(model_dir / "model.ckpt", OTHER_VARIABLES)
+    prefix = model_dir / "model.ckpt"
+    save_variables(prefix, OTHER_VARIABLES)
     check_params(load(model_dir)[2], OTHER_VARIABLES)
+    parts = {str(model_dir / "weights"): {}, str(model_dir / "biases"): {}}
+    for name, array in SMALL_VARIABLES.items():
+        parts[str(model_dir / ("biases" if name.endswith("b") else "weights"))][name] = array
+    for part, variables in parts.items():
+        save_data(part, variables)
+    tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=list(parts), destination_prefix=str(prefix))
+    check_params(load(model_dir)[2])  # the old data file lies beside them
     (model_dir / DATA).unlink()
     for _ in range(2):
-        check_params(load(model_dir)[2], OTHER_VARIABLES)
+        check_params(load(model_dir)[2])
     (model_dir / "model.ckpt.data-00001-of-00002").unlink()
     with pytest.raises(ValueError, match="data-00001-of-00002.* No such file"):
         load(model_dir)
@@ -178,9 +174,8 @@ def test_the_file_checkpoint_names_the_files(model_dir, name, quoted):
     check_params(load(model_dir)[2])
 
 
-@pytest.mark.parametrize("folder", ["models [1]", "run*[2]?", "é 中"])
-def test_unusual_names_of_folders(small_model, tmp_path, folder):
-    check_params(load(copy_model(small_model, tmp_path / folder / folder))[2])
+def test_unusual_names_of_folders(small_model, tmp_path):
+    check_params(load(copy_model(small_model, tmp_path / "models [1]" / "*[2]? é 中"))[2])
 
 
 @pytest.mark.parametrize(
@@ -190,9 +185,7 @@ def test_unusual_names_of_folders(small_model, tmp_path, folder):
             "nope",
             "/nope, .* holds small; published models are 124M, 355M, 774M, 1558M, and .* tiny",
         ),
-        ("", "holds small; "),
         ("GPT2-XL", "did you mean 1558M[?]"),
-        ("gpt2", "did you mean 124M[?]"),
         ("a/b/c", "/a/b/c, .* holds nothing"),
         ("a\0b", "there is no model"),
     ],
@@ -214,22 +207,20 @@ def test_paths_of_folders(small_model, monkeypatch):
         load_encoder_hparams_and_params("small", "models")
 
 
-WIDTHS = {"124M": (768, 12), "355M": (1024, 24), "774M": (1280, 36), "1558M": (1600, 48)}
-PUBLISHED_BYTES = {
-    "124M": 497_759_232,
-    "355M": 1_419_292_672,
-    "774M": 3_096_120_320,
-    "1558M": 6_230_444_800,
+PUBLISHED = {  # n_embd, n_layer, bytes of the data file
+    "124M": (768, 12, 497_759_232),
+    "355M": (1024, 24, 1_419_292_672),
+    "774M": (1280, 36, 3_096_120_320),
+    "1558M": (1600, 48, 6_230_444_800),
 }
 
 
-@pytest.mark.parametrize("name", WIDTHS)
-def test_shapes_have_the_sizes_of_the_published_files(name):
-    n_embd, n_layer = WIDTHS[name]
-    hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": n_embd, "n_layer": n_layer}
-    shapes = [shape for _, shape in utils.variable_shapes(hparams)]
-    assert 4 * sum(map(math.prod, shapes)) == PUBLISHED_BYTES[name]
-    assert list(utils.MODEL_SIZES) == list(WIDTHS)
+def test_shapes_have_the_sizes_of_the_published_files():
+    assert list(utils.MODEL_SIZES) == list(PUBLISHED)
+    for n_embd, n_layer, n_bytes in PUBLISHED.values():
+        hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": n_embd, "n_layer": n_layer}
+        shapes = [shape for _, shape in utils.variable_shapes(hparams)]
+        assert 4 * sum(map(math.prod, shapes)) == n_bytes
 
 
 def test_tiny_is_found_from_everywhere(tmp_path, small_model):
@@ -241,13 +232,12 @@ def test_tiny_is_found_from_everywhere(tmp_path, small_model):
     assert load(copy_model(small_model, elsewhere / "tiny"))[1] == SMALL_HPARAMS
 
 
-@pytest.mark.parametrize("size", ["355M", "774M", "1558M"])
-def test_a_size_that_cannot_be_verified_is_not_downloaded(tmp_path, monkeypatch, size):
+def test_a_size_that_cannot_be_verified_is_not_downloaded(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     monkeypatch.setenv("GPT2_BASE_URL", "http://127.0.0.1:9")  # nobody answers there
-    with pytest.raises(ImportError, match=f"^.*verify .* {size}.*openai-community/gpt2-.*$"):
-        load(tmp_path / size)
-    assert not (tmp_path / size).exists()
+    with pytest.raises(ImportError, match="^.*verify .* 355M.*openai-community/gpt2-.*$"):
+        load(tmp_path / "355M")
+    assert not (tmp_path / "355M").exists()
 
 
 def test_two_models_in_one_folder(model_dir):
@@ -294,11 +284,10 @@ def file(name, content):
     return lambda model_dir: (model_dir / name).write_bytes(content)
 
 
-def of_another_size(*names):
+def of_another_size(name):
     def damage(model_dir):
         other = write_model(model_dir.with_name("other"), SMALL_HPARAMS | {"n_embd": 24})
-        for name in names:
-            shutil.copy(other / name, model_dir)
+        shutil.copy(other / name, model_dir)
 
     return damage
 
@@ -315,19 +304,15 @@ FAULTS = {
     "more than a million": (hparams(n_vocab=10**6 + 1), "n_vocab must be .* got 1000001"),
     "n_ctx of another shape": (hparams(n_ctx=31), r"wpe has shape \[32, 12\], expected .*\[31, 12"),
     "zero": (hparams(n_head=0), "n_head must be a whole number from 1 to 1000000, got 0"),
-    "a float": (hparams(n_embd=12.0), "n_embd must be .* got 12.0"),
     "a bool": (hparams(n_layer=True), "n_layer must be .* got True"),
     "no multiple": (hparams(n_head=5), "n_embd is not a multiple of n_head"),
     "hparams missing": (file("hparams.json", b'{"n_vocab": 269}'), "n_ctx must be .* got None"),
     "hparams a list": (file("hparams.json", b"[1, 2]"), "hparams.json"),
     "hparams endlessly nested": (file("hparams.json", b"[" * 100_000), "hparams.json"),
     "checkpoint empty": (file("checkpoint", b""), "checkpoint does not name a checkpoint"),
-    "index empty": (file(INDEX, b""), "model.ckpt.index is damaged"),
     "index of something else": (file(INDEX, b"x" * 500), "model.ckpt.index is damaged"),
     "index of another size": (of_another_size(INDEX), r"\[269, 24\], expected \[269, 12\]"),
     "data of another size": (of_another_size(DATA), "model.ckpt.data.* is damaged"),
-    "both of another size": (of_another_size(INDEX, DATA), r"\[269, 24\], expected .*\[269, 12"),
-    "data of something else": (file(DATA, b"x" * 500), f"{DATA} is damaged"),
     "other merges": (file("vocab.bpe", b"#version: 0.2\na b\nab c\n"), r"vocab\.bpe does not fit"),
     "more tokens": (
         lambda model_dir: write_vocabulary(model_dir, [*SMALL_MERGES, "t o"]),
@@ -336,9 +321,8 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_one_line_that_names_the_file(model_dir, fault):
-    damage, message = FAULTS[fault]
+@pytest.mark.parametrize(("damage", "message"), FAULTS.values(), ids=FAULTS)
+def test_faults_are_one_line_that_names_the_file(model_dir, damage, message):
     load(model_dir)  # the mark of this load must not count
     damage(model_dir)
     with pytest.raises(ValueError, match=message) as error:
@@ -359,25 +343,24 @@ def test_faults_are_one_line_that_names_the_file(model_dir, fault):
 )
 def test_damaged_files_never_give_wrong_parameters(model_dir, name, flips_right, cuts_right):
     load(model_dir)
-    intact = (model_dir / name).read_bytes()
+    path = model_dir / name
+    intact = path.read_bytes()
     rng = random.Random(name)
-
-    def is_right_with(content, i):
-        if i % 2:
-            (model_dir / MARK).unlink(missing_ok=True)
-        (model_dir / name).write_bytes(content)
-        return is_right(model_dir)
-
     n_flips = 0
     n_cuts = 0
     for i in range(N_FLIPS):
+        if i % 2:
+            (model_dir / MARK).unlink(missing_ok=True)
         flipped = bytearray(intact)
         flipped[rng.randrange(len(intact))] ^= 1 << rng.randrange(8)
-        n_flips += is_right_with(flipped, i)
-        n_cuts += is_right_with(intact[: len(intact) * i // N_FLIPS], i)
+        path.write_bytes(flipped)
+        n_flips += is_right(model_dir)
+        path.write_bytes(intact[: len(intact) * i // N_FLIPS])
+        n_cuts += is_right(model_dir)
     assert n_flips in flips_right
     assert n_cuts in cuts_right
-    assert is_right_with(intact, 0)
+    path.write_bytes(intact)
+    assert is_right(model_dir)
 
 
 # The mark
@@ -386,10 +369,8 @@ def test_damaged_files_never_give_wrong_parameters(model_dir, name, flips_right,
 def replaced_with_the_same_mtime(path):
     """Other content with the same size and mtime: only the ctime differs."""
     status = path.stat()
-    other = path.with_suffix(".other")
-    other.write_bytes(path.read_bytes()[::-1])
-    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
-    os.replace(other, path)
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 @pytest.mark.parametrize(
@@ -398,9 +379,8 @@ def replaced_with_the_same_mtime(path):
         (lambda path: os.utime(path, ns=(1, 1)), True),
         (replaced_with_the_same_mtime, False),
         (lambda path: path.write_bytes(path.read_bytes() + b"\0\0\0\0"), True),
-        (lambda path: path.write_bytes(path.read_bytes()[:-4]), False),
     ],
-    ids=["touched", "replaced", "grown", "cut"],
+    ids=["touched", "replaced", "grown"],
 )
 def test_a_changed_data_file_is_verified_again(model_dir, monkeypatch, change, right):
     load(model_dir)
@@ -409,14 +389,6 @@ def test_a_changed_data_file_is_verified_again(model_dir, monkeypatch, change, r
     monkeypatch.setattr(utils, "read_with_tensorflow", verify)
     assert is_right(model_dir) == right
     assert verify.call_count == 1
-
-
-def test_a_model_replaced_by_another(model_dir, tmp_path):
-    load(model_dir)
-    other = write_model(tmp_path / "other", seed=1)
-    for name in (DATA, INDEX):
-        shutil.copy(other / name, model_dir / name)
-    check_params(load(model_dir)[2], OTHER_VARIABLES)
 
 
 def test_a_mark_that_cannot_be_written(model_dir):
@@ -430,9 +402,7 @@ def test_a_mark_that_cannot_be_written(model_dir):
 FIRST_LOADS = """
 import os, sys, utils
 from concurrent.futures import ThreadPoolExecutor
-models_dir, first, stderr, *others = sys.argv[1:]
-if stderr == "None":
-    sys.stderr = None
+models_dir, first, *others = sys.argv[1:]
 load = utils.load_encoder_hparams_and_params
 with ThreadPoolExecutor(4) as pool:
     list(pool.map(load, 4 * [first], 4 * [models_dir]))
@@ -467,8 +437,7 @@ def own_lines(stderr):
     return [line for line in stderr.splitlines() if not re.search(theirs, line)]
 
 
-@pytest.mark.parametrize("stderr", ["open", pytest.param("None", marks=pytest.mark.slow)])
-def test_tensorflow_is_silent_and_code_in_files_is_never_executed(model_dir, tmp_path, stderr):
+def test_tensorflow_is_silent_and_code_in_files_is_never_executed(model_dir, tmp_path):
     """Four threads load a model at once. Standard error still works, and the library is silent.
 
     In other models, each file in turn is a pickle or a Python expression that would create a file.
@@ -487,7 +456,7 @@ def test_tensorflow_is_silent_and_code_in_files_is_never_executed(model_dir, tmp
             is_ignored = name in ("model.ckpt.meta", MARK, "pytorch_model.bin")
             expected.append(("loaded " if is_ignored else "refused ") + model)
     models = [line.split()[1] for line in expected]
-    first = python(FIRST_LOADS, tmp_path, model_dir.name, stderr, *models)
+    first = python(FIRST_LOADS, tmp_path, model_dir.name, *models)
     assert (own_lines(first.stderr), first.returncode) == (["still there"], 0)
     assert first.stdout.splitlines() == [*expected, "[]"]
     assert not marker.exists()
