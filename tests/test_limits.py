@@ -34,8 +34,8 @@ def generate(prompt=PROMPT, n_tokens_to_generate=3, *, n_head=N_HEAD, **options)
     return gpt2.generate(prompt, PARAMS, n_head, n_tokens_to_generate, **options)
 
 
-def stream(prompt=PROMPT, n_tokens_to_generate=3, *, n_head=N_HEAD, **options):
-    return gpt2.stream(prompt, PARAMS, n_head, n_tokens_to_generate, **options)
+def stream(prompt=PROMPT, n_tokens_to_generate=3, **options):
+    return gpt2.stream(prompt, PARAMS, N_HEAD, n_tokens_to_generate, **options)
 
 
 def log_probs(ids=PROMPT, n_head=N_HEAD):
@@ -46,28 +46,17 @@ def model(inputs=PROMPT, **options):
     return gpt2.gpt2(inputs, **{**PARAMS, "n_head": N_HEAD, **options})
 
 
-CALLS = [model, generate, stream, log_probs]
-
-
-def result_or_error(function):
-    """(what the function returns, ""), or (None, what its error says)."""
-    try:
-        return function(), ""
-    except (ValueError, TypeError) as error:
-        return None, str(error)
-
-
 # Options
 
 
 DRAWN = {"temperature": 1.5, "seed": 2}
 WRONG = {
-    "n_tokens_to_generate": ["x", math.nan, -1, 2.5, None],
-    "temperature": ["x", math.nan, -1e-9, -math.inf, [1, 2], 1j],
-    "top_k": ["x", math.nan, -1, 2.5],
-    "top_p": ["x", math.nan, 0.0, 1.5, math.inf, None],
-    "seed": ["x", math.nan, -1, 2.5],
-    "n_samples": ["x", math.nan, 0, -1, 2.5],
+    "n_tokens_to_generate": [2.5, None],
+    "temperature": [-1e-9, [1, 2], 1j],
+    "top_k": ["x", 2.5],
+    "top_p": [0.0, 1.5, None],
+    "seed": ["x", 2.5],
+    "n_samples": [0, 2.5],
     "stop_id": ["5", 1.5, math.nan, -1, N_VOCAB, 2**64, [N_VOCAB], {-1, 3}, ["a"]],
     "temprature": [1.0],
 }
@@ -79,8 +68,8 @@ def test_wrong_options(name):
         with pytest.raises((ValueError, TypeError)) as error:
             generate(**DRAWN | {name: value})
         assert "\n" not in str(error.value)
-    for value in (-1, math.nan):
-        if name in gpt2.Options.__annotations__:
+    if name in gpt2.Options.__annotations__:
+        for value in (-1, math.nan):
             with pytest.raises(ValueError, match=f"^{name} must be .* got {value}$"):
                 stream(**DRAWN | {name: value})  # at once, not with the first token
 
@@ -93,16 +82,10 @@ def test_numbers_of_numpys_types():
         assert python == numpy
 
 
-def test_an_infinite_temperature_draws_evenly():
-    samples = generate(n_tokens_to_generate=1, temperature=math.inf, seed=0, n_samples=1000)
-    assert len({new_id for (new_id,) in samples}) == N_VOCAB
-
-
-@pytest.mark.parametrize("collection", [set, frozenset, list, tuple, np.array])
+@pytest.mark.parametrize("collection", [set, list, np.array])
 def test_any_of_several_stop_ids_ends_the_text(collection, ids, greedy):
     stop_ids = collection([greedy[4], greedy[2], greedy[2]])
     assert generate(ids[:5], 9, stop_id=stop_ids) == greedy[:2]
-    assert generate(ids[:5], 9, stop_id=stop_ids, n_samples=2) == [greedy[:2]] * 2
     assert generate(ids[:5], 9, stop_id=collection([])) == greedy[:9]
 
 
@@ -112,13 +95,13 @@ def test_any_of_several_stop_ids_ends_the_text(collection, ids, greedy):
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_ids_of_any_integer_type(dtype, ids, greedy, reference):
     array = np.array(ids, dtype)
-    for inputs in array, list(array), array[::-1][::-1]:
+    for inputs in array, list(array):
         assert_close(model(inputs), reference["eleven_layers/logits"])
         assert generate(inputs[:5], 6) == greedy[:6]
     assert generate(ids[:5], 9, stop_id=dtype.type(greedy[4])) == greedy[:4]
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [model, generate, stream, log_probs])
 def test_huge_ids(call):
     for wrong in ([2**63], [2**64 - 1], [2**70], [1, -(2**70)]):
         with pytest.raises(ValueError, match=f"{wrong[-1]} is not a token id"):
@@ -130,9 +113,8 @@ def test_huge_ids(call):
 
 @pytest.mark.parametrize("n_out", [0, -1])
 def test_n_out_below_one(n_out):
-    for cache in None, gpt2.KVCache(PARAMS, N_HEAD):
-        with pytest.raises(ValueError, match="n_out must be .*1"):
-            model(PROMPT, n_out=n_out, cache=cache)
+    with pytest.raises(ValueError, match="n_out must be .*1"):
+        model(PROMPT, n_out=n_out)
 
 
 @pytest.mark.parametrize("n_head", [0, -5, 4, 20])
@@ -165,79 +147,60 @@ class Extreme:
 
 
 RNGS = [*map(np.random.default_rng, range(5)), Extreme(0.0), Extreme(1 - 2**-53)]
-
-
-def assert_draws_what_is_possible(logits, *options):
-    probs = gpt2.token_probs(logits, *options)
-    assert (probs >= 0).all()
-    assert probs.sum(dtype=np.float64) == pytest.approx(1, abs=1e-6)
-    assert {gpt2.sample(logits, rng, *options) for rng in RNGS} <= set(np.flatnonzero(probs))
-    return probs
-
-
 TEMPERATURES = [5e-324, 1e-30, 1.0, 1e30, math.inf]
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize(
     "logits",
-    [[NO, 1.0, NO, 3.0, NO], [2.0, NO], [NO, 3e38, -3e38, NO], [3.0, 3.0, 1.0, 1.0, NO]],
+    [[NO, 1.0, NO, 3.0, NO], [2.0, NO], [NO, 3e38, -3e38, NO], [3.0, 3.0, 1.0, NO], [-1e300, 1.0]],
 )
 def test_a_token_of_probability_zero_is_never_drawn(logits, temperature):
-    logits = np.array(logits, np.float32)
-    for top_k, top_p in itertools.product([0, 1, 4], [1.0, 0.99, 0.5]):
-        probs = assert_draws_what_is_possible(logits, temperature, top_k, top_p)
+    likeliest = np.argmax(logits)
+    is_impossible = np.less(logits, -1e300 / 2)  # in float32
+    for options in itertools.product([temperature], [0, 1, 4], [1.0, 0.99, 0.5]):
+        probs = gpt2.token_probs(np.array(logits), *options)
         assert probs.dtype == np.float32
-        assert not probs[np.isneginf(logits)].any()
-        assert probs[logits.argmax()] == probs.max()
-
-
-@pytest.mark.parametrize("temperature", [0, *TEMPERATURES])
-def test_logits_that_say_nothing(temperature):
-    for logits in ([math.nan], [1.0, math.nan, 2.0], [math.nan, NO, math.inf], [NO], [NO, NO]):
-        logits = np.array(logits, np.float32)
-        message = "nan" if np.isnan(logits).any() else "logit"
-        with pytest.raises(ValueError, match=message):
-            gpt2.sample(logits, RNGS[0], temperature)
-        if temperature:
-            with pytest.raises(ValueError, match=message):
-                gpt2.token_probs(logits, temperature)
+        assert (probs >= 0).all()
+        assert probs.sum(dtype=np.float64) == pytest.approx(1, abs=1e-6)
+        assert probs[likeliest] == probs.max()
+        drawn = {gpt2.sample(np.array(logits), rng, *options) for rng in RNGS}
+        assert drawn <= set(np.flatnonzero(probs))
+        assert not probs[is_impossible].any()
 
 
 @pytest.mark.parametrize("temperature", [0, *TEMPERATURES])
 @pytest.mark.parametrize(
-    ("logits", "likeliest"),
+    ("logits", "largest"),
     [
-        ([5, 1], {0}),
-        ([1e300, 1.0], {0}),
-        ([math.inf, 1.0, math.inf], {0, 2}),
-        ([-1e300, 1.0], {1}),
-        ([1e300, -1e300], {0}),
+        ([math.nan], "nan"),
+        ([1.0, math.nan, 2.0], "nan"),
+        ([math.nan, NO, math.inf], "nan"),
+        ([NO, NO], "-inf"),
+        ([math.inf, 1.0, math.inf], "inf"),
+        ([1e300, -1e300], "inf"),  # in float32
     ],
 )
-def test_huge_logits_give_a_distribution_or_an_error(logits, likeliest, temperature):
-    logits = np.array(logits)
-    id_, error = result_or_error(lambda: gpt2.sample(logits, RNGS[0], temperature))
-    if error:
-        assert logits.max() > 1e38
-        assert "logit" in error
-    elif temperature == 0:
-        assert id_ in likeliest
-    else:
-        probs = assert_draws_what_is_possible(logits, temperature)
-        assert probs[list(likeliest)].max() == probs.max()
+def test_logits_that_say_nothing(logits, largest, temperature):
+    message = f"the logits are not finite: the largest one is {largest}$"
+    with pytest.raises(ValueError, match=message):
+        gpt2.sample(np.array(logits), RNGS[0], temperature)
+    if temperature:
+        with pytest.raises(ValueError, match=message):
+            gpt2.token_probs(np.array(logits), temperature)
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_shapes_of_logits(temperature):
     """`gpt2` with n_out=1 returns [1, n_vocab]."""
     logits = np.array([1.0, 3.0, 2.0], np.float32)
-    rng = np.random.default_rng
-    one = gpt2.sample(logits, rng(0), temperature, 2)
-    assert gpt2.sample(logits[None], rng(0), temperature, 2) == one
+    drawn = [
+        gpt2.sample(each, np.random.default_rng(0), temperature, 2) for each in (logits, [logits])
+    ]
+    assert drawn[0] == drawn[1]
     for wrong in (np.stack([logits, logits]), logits[None, None], logits[0]):
         with pytest.raises(ValueError, match=re.escape(f"got {wrong.shape}")):
-            gpt2.sample(wrong, rng(0), temperature)
+            gpt2.sample(wrong, RNGS[0], temperature)
 
 
 # The cache
@@ -253,8 +216,6 @@ def content(cache):
         ({}, (2,), (1, 3)),
         ({}, (2,), (3,)),
         ({}, (), (1, 3)),
-        ({}, (1,), (2, 3)),
-        ({}, (2, 3), (2, 1, 3)),
         ({"n_embd": 20}, (), (3,)),
         ({"n_layer": 2}, (), (3,)),
         ({"n_head": 2}, (), (3,)),
@@ -262,15 +223,13 @@ def content(cache):
 )
 def test_a_cache_for_another_model_or_batch_is_refused(change, batch, shape):
     other = HPARAMS | change
-    params = random_params(other)
-    cache = gpt2.KVCache(params, other["n_head"], batch=batch)
-    for n_past in 0, 3:
-        before = content(cache)
-        with pytest.raises(ValueError, match="cache"):
-            model(np.full(shape, 7), cache=cache)
-        assert content(cache) == before
-        gpt2.gpt2(np.full((*batch, 3), 5), **params, n_head=other["n_head"], cache=cache)
-        assert cache.n_past == n_past + 3
+    cache = gpt2.KVCache(random_params(other), other["n_head"], batch=batch)
+    with pytest.raises(ValueError, match="cache"):
+        model(np.full(shape, 7), cache=cache)
+    assert cache.n_past == 0
+
+
+LAST_BLOCK_WITHOUT_MLP = [*PARAMS["blocks"][:10], PARAMS["blocks"][10] | {"mlp": {}}]
 
 
 @pytest.mark.parametrize(
@@ -278,12 +237,10 @@ def test_a_cache_for_another_model_or_batch_is_refused(change, batch, shape):
     [
         ([N_VOCAB], {}),
         ([1] * 20, {}),
-        ([1], {"n_out": 0}),
-        ([1], {"n_head": 3}),
-        ([1], {"ln_f": {"g": np.ones(3), "b": np.ones(3)}}),
-        ([1, 2], {"blocks": [*PARAMS["blocks"][:10], PARAMS["blocks"][10] | {"mlp": {}}]}),
+        ([[1]], {}),
+        ([1, 2], {"blocks": LAST_BLOCK_WITHOUT_MLP}),
     ],
-    ids=repr,
+    ids=["id", "too long", "batch", "block"],
 )
 def test_an_error_leaves_the_cache_as_it_was(inputs, options, ids, reference):
     logits = reference["eleven_layers/logits"]

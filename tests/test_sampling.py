@@ -1,5 +1,6 @@
 """Sampling and generation against exact probabilities, transformers, and a loop without a cache."""
 
+import itertools
 import math
 
 import numpy as np
@@ -64,10 +65,8 @@ LOGITS = np.array([1.0, 5.0, 5.0, -3.0, 0.0], np.float32)
         ({"temperature": 5e-324}, {1, 2}),
         ({"temperature": math.inf}, {0, 1, 2, 3, 4}),
         ({"temperature": math.inf, "top_k": 2}, {1, 2}),
-        ({"temperature": 1e30, "top_k": 1}, {1, 2}),
         ({"top_p": 5e-324}, {1, 2}),
         ({"top_p": 1 - 1e-9, "temperature": 3}, {0, 1, 2, 3, 4}),
-        ({"top_k": 10**9, "temperature": 1e6}, {0, 1, 2, 3, 4}),
     ],
 )
 def test_ties_and_extreme_options_keep_the_likeliest_tokens(options, possible):
@@ -81,21 +80,15 @@ def test_ties_and_extreme_options_keep_the_likeliest_tokens(options, possible):
 
 
 @pytest.mark.parametrize("name", REFERENCE_MODELS)
-def test_greedy_ids_match_transformers(reference, name):
+def test_greedy_samples_match_transformers(reference, name):
+    """test_model.py compares the ids without samples."""
     params = random_params(REFERENCE_MODELS[name])
-    n_head = REFERENCE_MODELS[name]["n_head"]
-    prompt = reference[f"{name}/ids"][:5].tolist()
+    prompt = reference[f"{name}/ids"][:5]
     greedy = reference[f"{name}/greedy"].tolist()
-    n = len(greedy)
-    ids = list(prompt)
-    assert gpt2.generate(ids, params, n_head, n) == greedy
-    assert ids == prompt
-    assert gpt2.generate(prompt, params, n_head, 0) == []
-    assert gpt2.generate(prompt, params, n_head, 0, n_samples=2) == [[], []]
-    for n_samples in 1, 3:
-        samples = gpt2.generate(np.array(prompt), params, n_head, n, n_samples=n_samples)
-        assert samples == [greedy] * n_samples
-        assert {type(i) for i in samples[0]} == {int}
+    for n in 0, len(greedy):
+        samples = gpt2.generate(prompt, params, REFERENCE_MODELS[name]["n_head"], n, n_samples=3)
+        assert samples == [greedy[:n]] * 3
+        assert {type(i) for i in samples[0]} <= {int}
 
 
 def loop(prompt, params, n, rng, options):
@@ -113,30 +106,33 @@ def loop(prompt, params, n, rng, options):
     return new_ids
 
 
+def spawned(seed, n):
+    """The random generators of n samples."""
+    return map(np.random.default_rng, np.random.SeedSequence(seed).spawn(n))
+
+
 def until(stop_id, ids):
     return ids[: ids.index(stop_id)] if stop_id in ids else ids
 
 
 @pytest.mark.parametrize(
-    ("n_ctx", "n_prompt"), [(1, 1), (1, 9), (2, 1), (2, 3), (7, 6), (7, 7), (8, 1), (8, 8), (8, 30)]
+    ("n_ctx", "n_prompt"), [(1, 1), (1, 9), (2, 3), (7, 6), (7, 7), (8, 8), (8, 30)]
 )
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9}], ids=str)
 def test_generation_beyond_the_context_follows_the_documented_rule(n_ctx, n_prompt, options):
     sizes = {"n_vocab": 50, "n_ctx": n_ctx, "n_embd": 12, "n_head": 3, "n_layer": 2}
     params = random_params(sizes, seed=n_ctx)
     prompt = np.random.default_rng(n_prompt).integers(0, 50, n_prompt).tolist()
-    rngs = map(np.random.default_rng, np.random.SeedSequence(4).spawn(3))
-    expected = [loop(prompt, params, 20, rng, options) for rng in rngs]
+    expected = [loop(prompt, params, 20, rng, options) for rng in spawned(4, 3)]
     options = {"seed": 4, **options}
+    before = list(prompt)
     assert gpt2.generate(prompt, params, N_HEAD, 20, **options) == expected[0]
+    assert prompt == before
     assert gpt2.generate(prompt, params, N_HEAD, 20, **options, n_samples=3) == expected
 
 
 def test_same_seed_gives_same_ids():
-    first = generate(20, **HOT)
-    assert generate(20, **HOT) == first
-    assert list(gpt2.stream(PROMPT, PARAMS, N_HEAD, 20, **HOT)) == first
-    assert generate(20, **HOT | {"seed": 12}) != first
+    assert generate(20, **HOT) == generate(20, **HOT) != generate(20, **HOT | {"seed": 12})
     unseeded = [tuple(generate(20, temperature=1.5)) for _ in range(3)]
     assert len(set(unseeded)) == 3
 
@@ -151,24 +147,18 @@ def test_first_tokens_of_samples_have_the_exact_probabilities():
 
 def test_streams_do_not_affect_each_other():
     greedy = loop(PROMPT, PARAMS, 10, None, {})
-    streams = [
-        gpt2.stream(PROMPT, PARAMS, N_HEAD, 10, n_samples=n_samples)
-        for n_samples in (None, None, 2)
-    ]
+    streams = [gpt2.stream(PROMPT, PARAMS, N_HEAD, 10, n_samples=n) for n in (None, None, 2)]
     steps = list(zip(*streams, strict=True))
     assert steps == [(new_id, new_id, [new_id, new_id]) for new_id in greedy]
 
 
 def test_each_sample_stops_on_its_own():
-    rngs = map(np.random.default_rng, np.random.SeedSequence(11).spawn(4))
-    full = [loop(PROMPT, PARAMS, 25, rng, {"temperature": 1.5}) for rng in rngs]
+    full = [loop(PROMPT, PARAMS, 25, rng, {"temperature": 1.5}) for rng in spawned(11, 4)]
     stop_id = full[2][3]
     stopped = [until(stop_id, ids) for ids in full]
-    n_steps = max(map(len, stopped))
     assert len(set(map(len, stopped))) > 1
     steps = gpt2.stream(PROMPT, PARAMS, N_HEAD, 25, **HOT, n_samples=4, stop_id=stop_id)
-    padded = [[*ids, *[None] * (n_steps - len(ids))] for ids in stopped]
-    assert list(map(list, zip(*steps, strict=True))) == padded
+    assert list(steps) == list(map(list, itertools.zip_longest(*stopped)))
 
 
 # The work that is done
@@ -191,10 +181,8 @@ def calls(monkeypatch):
 def test_memory_does_not_grow_beyond_the_context(calls):
     """Every call of the model gets at most n_ctx tokens, and the cache never has more places."""
     params = random_params(REFERENCE_MODELS["one_layer"])  # n_ctx is 16
-    gpt2.generate(list(range(40)), params, 1, 100)
-    assert max(n_seq for n_seq, _ in calls) == 16
-    assert {n_max for _, n_max in calls} == {16}
-    assert [n_seq for n_seq, _ in calls[:12]] == [16, 8, *[1] * 8, 8, 1]
+    gpt2.generate(list(range(40)), params, 1, 20)
+    assert calls == [(n_seq, 16) for n_seq in [16, *[8, *[1] * 8] * 2, 8]]
 
 
 def test_the_model_does_only_the_work_that_is_asked_for(calls):
