@@ -280,17 +280,6 @@ def assert_close(logits, expected):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-def assert_equal_to_tensorflow(prefix, params):
-    """The parameters are, bit for bit, what TensorFlow reads from the checkpoint."""
-    import tensorflow as tf
-
-    reader = tf.train.load_checkpoint(str(prefix))
-    found = flat(params)
-    assert found.keys() == reader.get_variable_to_shape_map().keys()
-    for name, array in found.items():
-        np.testing.assert_array_equal(array, reader.get_tensor(name).reshape(array.shape))
-
-
 def read_terminal(descriptor):
     """Read what is shown on a pseudo-terminal until its other end is closed, then close it."""
     shown = b""
