@@ -8,7 +8,6 @@ import os
 import pty
 import re
 import select
-import shlex
 import signal
 import subprocess
 import sys
@@ -21,8 +20,6 @@ import pytest
 from helpers import (
     FILES,
     ROOT,
-    bash,
-    copy_model,
     float64_gpt2,
     map_arrays,
     read_terminal,
@@ -176,20 +173,18 @@ def test_a_prompt_from_standard_input(options, oracle, words):
 def test_empty_standard_input(options, oracle, content):
     """It is an empty prompt only if it was asked for."""
     assert run("-", *options, stdin=content) == Result(0, oracle(""), "")
-    for line in (
-        assert_error(run(*options, stdin=content), 2, "there is no prompt"),
-        assert_error(run("--seed=1", stdin=b"the", stream=Terminal), 2, "there is no prompt"),
-    ):
-        example = re.search(r'gpt2\.py "(.*)" (--model_size) (tiny)$', line)
+    assert_error(run(*options, stdin=content), 2, "there is no prompt")
+
+
+def test_no_prompt_at_a_terminal():
+    line = assert_error(run("--seed=1", stdin=b"the", stream=Terminal), 2, "there is no prompt")
+    example = re.search(r'gpt2\.py "(.*)" (--model_size) (tiny)$', line)
     assert run(*example.groups(), "--n_tokens_to_generate=3") == Result(0, "\nI'll\n", "")
 
 
-@pytest.mark.parametrize("words", [["-"], [], ["\udcff"], ["the", "--stop=\udcff"]])
+@pytest.mark.parametrize("words", [["-"], [], ["\udcff"]])
 def test_text_that_is_not_utf_8(options, words):
-    if "--stop=\udcff" in words:  # it cannot appear
-        assert run(*words, *options).status == 0
-    else:
-        assert_error(run(*words, *options, stdin=b"the\xff"), 1, "not UTF-8")
+    assert_error(run(*words, *options, stdin=b"the\xff"), 1, "not UTF-8")
 
 
 def test_special_tokens(options, oracle):
@@ -213,6 +208,7 @@ PICOGPTS = [
     "--models_dir=DIR the --model_size=tiny 6",
     "--prompt the 6 tiny DIR",
     "the 6 --seed=1 tiny --temperature=0 DIR --seed 2",
+    "-p=the --temp 0 --model_s tiny --models-d DIR --n-t 6",
 ]
 
 
@@ -224,17 +220,10 @@ def test_arguments_of_picogpt(models_dir, oracle, words):
 
 def test_sampling(options, models_dir, oracle):
     words = ["the", "--temperature", "2.5", "--top_k", "50", "--top_p=.95", *options]
-    first = run(*words, "--seed=1").out
-    assert len({first, run(*words, "--seed=2").out, oracle("the")}) == 3
+    text = run(*words, "--seed=1").out
+    assert text != oracle("the")
     sampling = {"temperature": 2.5, "top_k": 50, "top_p": 0.95, "seed": 1}
-    assert first == gpt2.main("the", N, "tiny", models_dir, **sampling) + "\n"
-
-
-def test_samples_have_headings(options, oracle):
-    result = run("the", "--n_samples", "3", "--temperature=9", "--top_k=1", *options)
-    line = "=" * 40
-    headings = [f"{line} SAMPLE {number} {line}\n" for number in (1, 2, 3)]
-    assert result == Result(0, "".join(heading + oracle("the") for heading in headings), "")
+    assert text == gpt2.main("the", N, "tiny", models_dir, **sampling) + "\n"
 
 
 def test_stop_texts(models_dir, options):
@@ -254,43 +243,37 @@ def test_options_without_effect_give_a_warning(options, oracle, words):
     assert run("the", "--top_k=1", "--temperature=1e-3", *options).err == ""
 
 
-@pytest.mark.parametrize("typed", ["Temperature", "topp", "interactve", "nmodels_dir"])
+MISTYPED = {
+    "Temperature": "temperature",
+    "topp": "top_p",
+    "interactve": "interactive",
+    "nmodels_dir": "models_dir",
+    "nope": "help",
+}
+
+
+@pytest.mark.parametrize("typed", MISTYPED)
 def test_a_mistyped_option(typed):
-    meant = {"topp": "top_p", "nmodels_dir": "models_dir", "interactve": "interactive"}
-    message = f"there is no option --{typed}; did you mean --{meant.get(typed, 'temperature')}"
-    for words in (["hi", f"--{typed}", "1"], [f"--{typed}=1"], ["hi", f"--{typed}"]):
+    message = f"there is no option --{typed}; did you mean --{MISTYPED[typed]}"
+    for words in ([f"--{typed}=1"], ["hi", f"--{typed}"]):
         assert_usage_error(words, message)
 
 
-def test_beginnings_of_options(models_dir, oracle):
-    words = f"-p=the --temp 0 --model_s tiny --models-d {models_dir} --n-t {N}"
-    assert run(*words.split()) == Result(0, oracle("the"), "")
-
-
 QUOTES = "put a text of several words in quotes"
-WHOLE = "must be a whole number, got"
 
 
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["a", "b"], [QUOTES, f"n_tokens_to_generate {WHOLE} 'b'"]),
+        (["a", "b"], [QUOTES, "--n_tokens_to_generate must be a whole number, got 'b'"]),
         (["a", "1", "small", "models", "more"], [QUOTES, "'more'"]),
-        (["--prompt=a", "b"], [QUOTES, "'b'"]),
         (["-like this"], ["-like this"]),
         (["--prompt", "--like this"], ["--prompt needs a value", "--prompt=-x"]),
-        (["a", "--nope=1"], ["there is no option --nope; "]),
         (["a", "-n", "3"], ["option -n;", "--n_tokens_to_generate or --n_samples"]),
-        (["a", "-t", "1"], ["option -t;", "--temperature or --top_k or --top_p"]),
-        (["a", "--model-size", "--seed", "1"], ["--model-size needs a value"]),
-        (["a", "--seed", "-x"], ["--seed needs a value"]),
         (["a", "--", "--trace"], ["no option --;"]),
-        (["a", "--n_tokens_to_generate=2.5"], [f"n_tokens_to_generate {WHOLE} '2.5'"]),
         (["a", "-1"], ["n_tokens_to_generate must be 0 or more, got -1"]),
         (["a", "--temperature", "hot"], ["--temperature must be a number, got 'hot'"]),
         (["a", "--temperature", "nan"], ["temperature must be 0 or more, got nan"]),
-        (["a", "--top_p", "90"], ["top_p must be above 0 and at most 1, got 90.0"]),
-        (["a", "--n_samples", "0"], ["n_samples must be 1 or more, got 0"]),
     ],
     ids=str,
 )
@@ -312,26 +295,16 @@ def test_help():
 # Errors after the arguments
 
 
-def test_a_model_that_does_not_exist(models_dir):
-    found = ["there is no model", "124M, 355M, 774M, 1558M", "tiny"]
-    assert_error(run("write", "40", "poems", models_dir), 1, *found)
-
-
 def test_names_in_any_folder(tmp_path, monkeypatch):
     """tiny is found; other models are looked for there; 124M cannot belong to the prompt."""
     monkeypatch.chdir(tmp_path)
     assert run("ROMEO:", "40", "tiny") == Result(0, f"{ROMEO}\n", "")
-    assert_error(run("hi", "--model_size=nope"), 1, str(tmp_path / "models"))
+    found = [str(tmp_path / "models"), "124M, 355M, 774M, 1558M", "tiny"]
+    assert_error(run("hi", "--model_size=nope"), 1, *found)
     monkeypatch.setenv("GPT2_BASE_URL", "nonsense")
     error = run("a", "3", "124M")
     assert (error.status, error.out) == (1, "")
     assert "cannot download nonsense/124M/checkpoint" in error.err
-
-
-def test_a_folder_with_any_name(tmp_path):
-    folder = tmp_path / "m[a]*? \u00e9"
-    copy_model(ROOT / "models" / "tiny", folder / "tiny")
-    assert run("ROMEO:", "40", "tiny", str(folder)) == Result(0, f"{ROMEO}\n", "")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -347,21 +320,14 @@ def test_damaged_parameters(options, tiny, value):
 
 
 def test_from_a_server_to_the_text(models_dir, tmp_path, monkeypatch, oracle):
-    words = ["the", str(N), "--models_dir"]
     with Server({name: Path(models_dir, "tiny", name).read_bytes() for name in FILES}) as server:
         monkeypatch.setenv("GPT2_BASE_URL", server.address)
         monkeypatch.setenv("no_proxy", "*")
-        refused = run(*words, str(tmp_path / "other"))
-        assert (refused.status, refused.out) == (1, "")
-        assert re.search("/124M/encoder.json: .* SHA-256", refused.err)
-        server.heal()
         monkeypatch.setenv("GPT2_ALLOW_UNVERIFIED", "1")
-        first = run(*words, str(tmp_path))
-        second = run(*words, str(tmp_path))
+        for note in (f"downloading 124M from {server.address}\n", ""):
+            result = run("the", str(N), "--models_dir", str(tmp_path))
+            assert result == Result(0, oracle("the"), note)
         assert len(server.requests) == len(FILES)
-    assert (first.status, first.out) == (0, oracle("the"))
-    assert first.err == f"downloading 124M from {server.address}\n"
-    assert second == Result(0, oracle("the"), "")
 
 
 def test_the_model_on_one_screen():
@@ -380,7 +346,6 @@ def test_interactive_from_a_pipe_prints_only_the_answers(options, oracle):
     assert run("--interactive", *options, stdin=lines) == Result(0, answers, "")
     assert run("in", "-i", *options, stdin=lines) == Result(0, oracle("in") + answers, "")
     assert run("--interactive", "-", *options, stdin=b"the\nand\n").out == oracle("the\nand")
-    assert run("--interactive", *options, stdin=b"") == Result(0, "", "")
     result = run("--interactive", *options, stdin=b"the\na\xffb\nand\n")
     assert (result.status, result.out) == (1, oracle("the"))
     assert re.fullmatch(r"gpt2\.py: the prompt is not UTF-8[^\n]*\n", result.err)
@@ -467,12 +432,6 @@ def test_a_missing_package(monkeypatch):
     monkeypatch.delitem(sys.modules, "hugging_face", raising=False)
     monkeypatch.delitem(sys.modules, "utils")
     assert_error(run("a"), 1, "regex", "python -m pip install regex")
-
-
-def test_an_early_end_of_the_output_is_no_error(options, oracle):
-    script = f"set -o pipefail; python gpt2.py the {shlex.join(options)} | head -c 1"
-    result = bash(script, cwd=ROOT)
-    assert (result.returncode, result.stdout, result.stderr) == (0, oracle("the")[:1], "")
 
 
 # Random words
