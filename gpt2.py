@@ -202,7 +202,6 @@ def final_states(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, n_out=None)
         raise ValueError(f"{n_kv} tokens do not fit: there are {n_max} positions")
     if n_out is not None and n_out < 1:
         raise ValueError(f"n_out must be 1 or more, got {n_out}")
-
     x = wte[ids] + wpe[n_past:n_kv]  # token and position embeddings, [..., n_seq, n_embd]
     for layer, block in enumerate(blocks):
         kv = None if cache is None else cache.kv[layer][..., :n_kv, :]
@@ -388,11 +387,11 @@ def steps(prompt, params, n_head, options, stop_ids):
     """Yield the new ids of all samples, step by step."""
     n_ctx = len(params["wpe"])
     rngs = np.random.default_rng(options.seed).spawn(options.n_samples or 1)
-    n_steps = options.n_tokens_to_generate
     window = prompt[None, -n_ctx:]  # the tokens that the model sees, [n_samples, n_window]
-    cache = KVCache(params, n_head, min(n_ctx, window.shape[1] + n_steps), batch=(1,))
+    n_max = min(n_ctx, window.shape[1] + options.n_tokens_to_generate)
+    cache = KVCache(params, n_head, n_max, batch=(1,))
     is_running = np.ones(len(rngs), bool)
-    for _ in range(n_steps):
+    for _ in range(options.n_tokens_to_generate):
         # 1. Feed the tokens that are not in the cache: the prompt, then one token per step.
         new_tokens = window[:, cache.n_past :]
         logits = gpt2(new_tokens, **params, n_head=n_head, cache=cache, n_out=1)[:, -1]
@@ -402,10 +401,8 @@ def steps(prompt, params, n_head, options, stop_ids):
             window = window.repeat(len(rngs), axis=0)
             logits = logits.repeat(len(rngs), axis=0)
         # 3. Choose the next token of each sample.
-        ids = [
-            sample(row, rng, options.temperature, options.top_k, options.top_p)
-            for row, rng in zip(logits, rngs, strict=True)
-        ]
+        warps = (options.temperature, options.top_k, options.top_p)
+        ids = [sample(row, rng, *warps) for row, rng in zip(logits, rngs, strict=True)]
         is_running &= ~np.isin(ids, stop_ids)
         if not is_running.any():
             return
@@ -462,24 +459,28 @@ class Scores(NamedTuple):
     is_likeliest: Array  # bool: whether no token is more likely
 
 
-@np.errstate(under="ignore")
 def score(states, targets, wte):
-    """Score the targets [n], given the final states [n, n_embd] before them.
+    """Score targets [n], given the final states [n, n_embd] before them, ROWS at a time."""
+    starts = range(0, len(targets), ROWS)
+    parts = [score_block(states[i : i + ROWS], targets[i : i + ROWS], wte) for i in starts]
+    return Scores(*map(np.concatenate, zip(*parts, strict=True)))
 
-    The log-probability is log(softmax(logits)) = logits - log(sum(exp(logits))), where the largest
-    logit is subtracted first, to prevent overflow. Only some rows of logits are in memory at once.
-    """
+
+@np.errstate(under="ignore")
+def score_block(states, targets, wte):
+    """`score`: log(softmax(logits)) is logits - log(sum(exp(logits))), but for overflow."""
+    logits = matmul(states, wte.T)
     scores = Scores(np.empty(len(targets), np.float32), np.empty(len(targets), bool))
 
     def score_rows(start, end):
-        logits = states[start:end] @ wte.T
-        for i, row in enumerate(logits, start):  # one row at a time stays in the CPU's cache
-            row -= row.max()
-            chosen = row[targets[i]]
-            scores.log_probs[i] = chosen - np.log(np.exp(row, out=row).sum())
-            scores.is_likeliest[i] = chosen == 0
+        rows = logits[start:end]
+        rows -= rows.max(axis=-1, keepdims=True)
+        chosen = rows[np.arange(end - start), targets[start:end]]
+        np.exp(rows, out=rows)
+        scores.log_probs[start:end] = chosen - np.log(rows.sum(axis=-1))
+        scores.is_likeliest[start:end] = chosen == 0
 
-    for_blocks(score_rows, len(targets), ROWS)
+    for_blocks(score_rows, len(targets), 4)  # few rows stay in the CPU's cache
     return scores
 
 
