@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -55,9 +56,9 @@ def run(models_dir, capfd):
     """run(words) -> (exit status, the lines of standard error), in this process"""
 
     def run_command(*words, model="small", models_dir=models_dir):
-        words = [*map(str, words), "--models_dir", str(models_dir), "--model_size", model]
+        words = [*words, "--models_dir", models_dir, "--model_size", model]
         capfd.readouterr()
-        status = terminal.run(score.command, words)
+        status = terminal.run(score.command, list(map(str, words)))
         return status, capfd.readouterr().err.splitlines()
 
     return run_command
@@ -67,13 +68,11 @@ def run(models_dir, capfd):
 def score_rows(run, tmp_path):
     """score_rows(rows or bytes, options) -> the documents of the output"""
 
-    def score_it(rows, *options, name="texts.jsonl", **kwargs):
-        content = rows if isinstance(rows, bytes) else json_lines(rows)
-        (tmp_path / name).write_bytes(content)
-        output = tmp_path / "scores.jsonl"
-        output.unlink(missing_ok=True)
-        status, _ = run(tmp_path / name, "--output", output, *options, **kwargs)
-        documents = read_lines(output.read_bytes())
+    def score_it(rows, *options, name="texts.jsonl", output="scores.jsonl"):
+        path = tmp_path / name
+        path.write_bytes(rows if isinstance(rows, bytes) else json_lines(rows))
+        status, _ = run(path, "--output", tmp_path / output, *options)
+        documents = read_lines((tmp_path / output).read_bytes())
         assert status == any("error" in document for document in documents)
         return documents
 
@@ -118,17 +117,18 @@ def predict(ids):
 def assert_figures(document, wanted, text):
     """text: what counts for bits_per_byte"""
     nats = document["nats"]
+    n_tokens = document["n_tokens"]
     np.testing.assert_allclose(document["token_nats"], wanted["token_nats"], atol=1e-4)
-    assert document["n_tokens"] == len(wanted["token_nats"]) == len(document["tokens"])
+    assert n_tokens == len(wanted["token_nats"]) == len(document["tokens"])
     assert nats == pytest.approx(sum(wanted["token_nats"]), abs=1e-4 * N_CTX)
     assert document["end_nats"] == pytest.approx(wanted["end_nats"], abs=1e-4)
-    if document["n_tokens"] == 0:
-        assert (document["perplexity"], document["bits_per_byte"]) == (None, None)
+    means = (document["perplexity"], document["bits_per_byte"])
+    if n_tokens == 0:
+        assert means == (None, None)
     else:
-        perplexity = math.exp(nats / document["n_tokens"])
-        assert document["perplexity"] == pytest.approx(perplexity, rel=1e-6)
-        bits_per_byte = nats / math.log(2) / len(text.encode())
-        assert document["bits_per_byte"] == pytest.approx(bits_per_byte, rel=1e-6)
+        bits = nats / math.log(2)
+        expected_means = (math.exp(nats / n_tokens), bits / len(text.encode()))
+        assert means == pytest.approx(expected_means, rel=1e-6)
 
 
 def test_figures_of_texts_equal_a_computation_in_float64(score_rows, encoding):
@@ -144,31 +144,23 @@ def test_figures_of_texts_equal_a_computation_in_float64(score_rows, encoding):
 def test_texts_after_contexts_are_scored_as_by_transformers(score_rows):
     rows = list(map(json.loads, (DATA_DIR / "score.json").read_text().splitlines()))
     assert 20 < sum(row["greedy"] for row in rows) < len(rows) - 100
-    inputs = [{"before": row["context"], "text": row["text"]} for row in rows]
-    documents = score_rows(inputs, "--context_field", "before", "--tokens", "--end")
-    for document, row in zip(documents, rows, strict=True):
+    inputs = [{"before": row["context"], "nats": row["text"], "text": 1} for row in rows]
+    options = ["--field", "nats", "--context_field", "before", "--tokens", "--end"]
+    for document, row in zip(score_rows(inputs, *options), rows, strict=True):
         context = row["context"]
         assert_figures(document, row, context[len(context.rstrip()) :] + row["text"])
-        assert document["greedy"] == row["greedy"]
+        assert (document["greedy"], document["text"]) == (row["greedy"], 1)
 
 
 def test_a_token_with_parts_of_context_and_text_is_an_error(score_rows):
-    """The rule would give the first and the third text no token: 0 nats, and always greedy."""
-    pairs = [
-        (" t", "he"),
-        (" t", "he and"),
-        (" an", "d the"),
-        ("th", "e"),
-        (" t", " he"),
-        (" t", ""),
-    ]
-    rows = [{"context": context, "text": text} for context, text in pairs]
+    """The rule would give the first text no token: 0 nats, and always greedy."""
+    pairs = {" t": "he", " an": "d the", "th": "e", "the": " he", "he": ""}
+    rows = [{"context": context, "text": text} for context, text in pairs.items()]
     *merged, apart, empty = score_rows(rows, "--context_field", "context")
     for number, document in enumerate(merged, 1):
         assert document.keys() == {"error"}
         assert re.match(f"line {number}: .*both context and text", document["error"])
-    assert apart["n_tokens"] == 2
-    assert empty["n_tokens"] == 0
+    assert (apart["n_tokens"], empty["n_tokens"]) == (2, 0)
 
 
 def test_special_tokens(score_rows, encoding):
@@ -176,13 +168,13 @@ def test_special_tokens(score_rows, encoding):
     text = " and<|endoftext|>in"
     rows = [{"text": text, "context": context}]
     options = ["--tokens", "--context_field", "context"]
-    (special,) = score_rows(rows, "--special_tokens", *options)
+    (ordinary,) = score_rows(rows, *options)
+    (special,) = score_rows(rows, "--special_tokens", *options, output="special.jsonl")
+    assert ordinary["n_tokens"] == len(encoding.encode_ordinary(text))
+    assert special["tokens"] == [" and", "<|endoftext|>", "in"]
     ids = encoding.encode(context + text, allowed_special="all")
     wanted = [nats for nats, _ in expected_scores(ids, predict)][-3:]
     np.testing.assert_allclose(special["token_nats"], wanted, atol=1e-4)
-    assert special["tokens"] == [" and", "<|endoftext|>", "in"]
-    (ordinary,) = score_rows(rows, *options)
-    assert ordinary["n_tokens"] == len(encoding.encode_ordinary(text))
 
 
 # Kinds of input
@@ -193,7 +185,6 @@ ROWS = b'\xef\xbb\xbf\n  {"text": "the"}\n{"text": "\xe0\xa9\x81\xc4\x80 \xf0\x9
 ROW_TEXTS = [1, "the", "\u0a41\u0100 🙂", 4]
 INPUTS = [  # the name, the content, and of each line the text or the number of a line with an error
     ("texts.jsonl", b"", []),
-    ("texts.txt", PLAIN, PLAIN_TEXTS),
     ("texts", PLAIN, PLAIN_TEXTS),
     ("texts.TXT.gz", gzip.compress(PLAIN), PLAIN_TEXTS),
     ("texts", ROWS, ROW_TEXTS),
@@ -214,41 +205,30 @@ def test_the_lines_of_an_input(score_rows, name, content, texts):
             assert "".join(document["tokens"]) == shown
 
 
-def test_standard_streams(models_dir, tmp_path):
-    process = start(models_dir, "-", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    stdout, stderr = process.communicate(ROWS, timeout=300)
-    assert process.returncode == 1
-    assert [line.get("n_tokens") for line in read_lines(stdout)] == [None, 2, 10, None]
-    assert stderr.startswith(b"score.py: texts: 4, tokens: 12, perplexity: ")
+def test_a_damaged_input(run, tmp_path):
+    for content in (gzip.compress(b"the rain\n" * 9)[:-7], b"the rain"):
+        (tmp_path / "texts.gz").write_bytes(content)
+        assert_one_line(run(tmp_path / "texts.gz"), 1, "texts.gz is damaged")
 
 
-@pytest.mark.parametrize("content", [gzip.compress(b"the rain\n" * 9)[:-7], b"the rain"])
-def test_a_damaged_input(run, tmp_path, content):
-    (tmp_path / "texts.gz").write_bytes(content)
-    assert_one_line(run(tmp_path / "texts.gz"), 1, "texts.gz is damaged")
-
-
-@pytest.mark.parametrize(("suffix", "program"), [("bz2", "bzip2"), ("xz", "xz"), ("zst", "zstd")])
-def test_other_compressions_are_piped(run, suffix, program):
-    pipe = f"{program} -dc x.{suffix} | python examples/score.py -"
-    assert_one_line(run(f"x.{suffix}"), 1, pipe)
+def test_other_compressions_are_piped(run):
+    for suffix, program in {"bz2": "bzip2", "xz": "xz", "zst": "zstd"}.items():
+        pipe = f"{program} -dc x.{suffix} | python examples/score.py -"
+        assert_one_line(run(f"x.{suffix}"), 1, pipe)
 
 
 HOSTILE = [  # line, part of the error or None, fields that are kept
     (b'{"text": "\\ud800 the", "tag": "\\udfff"}', None, {"tag": "\udfff"}),
-    (b'{"text": "a\\u0000b\\n"}', None, {}),
     (b'{"text": "the", "error": 1, "nats": [2], "tokens": 3}', None, {}),
     (b'{"text": "the", "big": 12345678901234567890}', None, {"big": 12345678901234567890}),
     (b'  {"text": "<|endoftext|>"}  \r', None, {}),
     (b"   ", "invalid JSON", {}),
     (b'{"text": "a\x00b"}', "NUL", {}),
     (b'\xff\xfe{\x00"\x00', "not UTF-8", {}),
-    (b'{"text": "the", "x": [1e999]}', "JSON", {}),
     (b'{"text": "the", "x": NaN}', "JSON", {}),
     (b'{"text": "the", "x": ' + b"9" * 5000 + b"}", "digits", {}),
     (b'{"text": ' + b"[" * 200_000, "recursion", {}),
     (b'{"id": 6, "text": null, "nats": 3}', '"text"', {"id": 6}),
-    (b'"text"', "not a JSON object", {}),
     (b'{"text": "' + b"the " * 5000 + b'"}', None, {}),
 ]
 
@@ -264,24 +244,20 @@ def test_hostile_lines(score_rows):
             assert error in document["error"]
 
 
-def test_the_field_may_have_the_name_of_a_figure(score_rows):
-    (document,) = score_rows([{"nats": "and and", "text": "the"}], "--field", "nats", name="t.txt")
-    assert (document["text"], document["n_tokens"]) == ("the", 2)
-
-
 def test_the_summary_counts_all_texts(run, tmp_path):
     (tmp_path / "texts.jsonl").write_bytes(json_lines([{"text": "the rain"}, {}, {"text": "in"}]))
     output = tmp_path / "scores.jsonl"
     for _ in range(2):  # the second run finds all of them written
         status, (line,) = run(tmp_path / "texts.jsonl", "--output", output)
-        good = [each for each in read_lines(output.read_bytes()) if "nats" in each]
-        nats = sum(each["nats"] for each in good)
-        n_tokens = sum(each["n_tokens"] for each in good)
-        assert status == 1
-        assert line.startswith(f"score.py: texts: 3, tokens: {n_tokens}, perplexity: ")
-        assert line.endswith(", errors: 1, the first in line 2")
-        found = list(map(float, re.findall(r"\d+\.\d+", line)))
-        assert found == pytest.approx([math.exp(nats / n_tokens), nats / math.log(2) / 10])
+        first, _, last = read_lines(output.read_bytes())
+        nats = first["nats"] + last["nats"]
+        n_tokens = first["n_tokens"] + last["n_tokens"]
+        numbers = re.findall(r"\d+\.\d+", line)
+        means = f"perplexity: {numbers[0]}, bits per byte: {numbers[1]}"
+        counts = f"texts: 3, tokens: {n_tokens}, {means}, errors: 1, the first in line 2"
+        assert (status, line) == (1, f"score.py: {counts}")
+        expected_means = [math.exp(nats / n_tokens), nats / math.log(2) / 10]
+        assert list(map(float, numbers)) == pytest.approx(expected_means)
 
 
 # Errors
@@ -290,18 +266,14 @@ def test_the_summary_counts_all_texts(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "status", "parts"),
     [
-        ([], 2, ["input"]),
         (["x.txt", "--workers", "0"], 2, ["--workers", "1 or more"]),
         (["x.txt", "--context_field", "text"], 2, ["--context_field", "--field"]),
-        (["no/such.txt"], 1, ["no/such.txt", "No such file"]),
-        (["README.md", "--output", "/dev/full"], 1, ["No space left"]),
-        (["README.md", "--workers", "1"], 1, ["pip install distributed"]),
+        ([ROOT / "LICENSE", "--output", "/dev/full"], 1, ["No space left"]),
+        ([ROOT / "LICENSE", "--workers", "1"], 1, ["pip install distributed"]),
     ],
 )
-def test_errors(run, tmp_path, monkeypatch, words, status, parts):
+def test_errors(run, monkeypatch, words, status, parts):
     monkeypatch.setitem(sys.modules, "distributed", None)  # as if it were not installed
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "README.md").write_text("the\n")
     assert_one_line(run(*words), status, *parts)
 
 
@@ -315,50 +287,38 @@ def test_a_model_that_is_damaged(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("n_embd", "n_layer", "n_tokens"), [(768, 12, 11_800), (1600, 48, 680), (12, 2, 1 << 16)]
+    ("n_embd", "n_layer", "line", "n_texts"),
+    [
+        (768, 12, "the and", 11_800 / 4),  # each text has 4 ids, of which the first is its start
+        (1600, 48, "the and", 680 / 4),
+        (12, 2, "the and", (1 << 16) / 4),
+        (12, 2, " " * 100_000, 6),  # long lines need memory
+    ],
 )
-def test_a_window_is_20_seconds_of_work_or_less(n_embd, n_layer, n_tokens, models_dir):
+def test_a_window_is_20_seconds_of_work_or_less(n_embd, n_layer, line, n_texts, models_dir):
     """124M scores 600 to 900 tokens a second on two cores, 1558M a twelfth of that."""
     hparams = {"n_ctx": 1024, "n_embd": n_embd, "n_layer": n_layer}
     model = score.load("small", str(models_dir))._replace(hparams=hparams)
-    job = score.Job("", None, None, False, False, False)
-    source = score.Input("texts", None, iter([b"the and\n"] * 99_999))
-    texts = score.read_texts(source, job, model)
-    assert sum(len(row.ids) for text in texts for row in text.rows) == pytest.approx(n_tokens, 0.01)
-    long_lines = score.Input("texts", None, iter([b" " * 100_000 + b"\n"] * 99))  # they need memory
-    texts = score.read_texts(long_lines, job._replace(field="text"), model)
-    assert len(texts) <= 1 + n_tokens * 8 / 100_000
+    job = score.Job("", "text" if line.isspace() else None, None, False, False, False)
+    source = score.Input("texts", None, iter([line.encode()] * 99_999))
+    assert len(score.read_texts(source, job, model)) == pytest.approx(n_texts, 0.01)
 
 
 def test_the_bar_advances_with_every_batch(run, tmp_path, monkeypatch):
     path = tmp_path / "texts.txt"
     path.write_bytes(b"the and in\n" * 2000)
-    steps = []
-
-    class Bar(contextlib.nullcontext):
-        def __init__(self, total, initial, **options):
-            super().__init__(self)
-            self.n = initial
-            self.total = total
-
-        def update(self, n):
-            steps.append(n)
-            self.n += n
-            assert self.n < self.total + 1e-6
-
-    monkeypatch.setattr(score, "progress_bar", Bar)
+    bar = Mock(n=0)
+    bar.update.side_effect = lambda n: setattr(bar, "n", bar.n + n)
+    progress_bar = Mock(return_value=contextlib.nullcontext(bar))
+    monkeypatch.setattr(score, "progress_bar", progress_bar)
     monkeypatch.setattr(score, "WINDOW_TOKENS", 2048)
     assert run(path)[0] == 0
+    steps = [call.args[0] for call in bar.update.call_args_list]
     assert len(steps) >= 2000 * 4 / 512  # of at most 512 tokens each
+    assert min(steps) > 0
     assert max(steps) < path.stat().st_size / 10
     assert sum(steps) == pytest.approx(path.stat().st_size)
-
-
-@pytest.mark.parametrize("n_threads", [1, 3])
-def test_any_number_of_threads_writes_the_same(run, corpus, tmp_path, monkeypatch, n_threads):
-    monkeypatch.setattr(score, "N_THREADS", n_threads)
-    assert run(corpus[0], "--output", tmp_path / "scores.jsonl")[0] == 1
-    assert (tmp_path / "scores.jsonl").read_bytes() == corpus[1]
+    assert progress_bar.call_args.kwargs["total"] == path.stat().st_size
 
 
 # Continuing
@@ -368,22 +328,23 @@ WINDOW = score.WINDOW_TOKENS * score.BYTES_PER_TOKEN // LINE_BYTES  # lines of t
 N_TEXTS = 3 * WINDOW - 30
 
 
-def start(models_dir, *words, **kwargs):
-    """Start score.py as a file, from another folder, with one thread."""
-    options = ["--models_dir", models_dir, "--model_size", "small"]
-    command = [sys.executable, ROOT / "examples" / "score.py", *words, *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
-    kwargs = {"stderr": subprocess.PIPE, "cwd": models_dir, "env": environment} | kwargs
-    return subprocess.Popen(list(map(str, command)), **kwargs)
-
-
 @contextlib.contextmanager
-def killed_at_the_end(process):
-    with process:
+def started(command, **kwargs):
+    """A process that ends with the block at the latest."""
+    with subprocess.Popen(list(map(str, command)), **kwargs) as process:
         try:
             yield process
         finally:
             process.kill()
+
+
+def start(models_dir, *words, env=(), **kwargs):
+    """Start score.py as a file, from another folder, with one thread."""
+    options = ["--models_dir", models_dir, "--model_size", "small"]
+    command = [sys.executable, ROOT / "examples" / "score.py", *words, *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict(env)
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": models_dir}
+    return started(command, env=environment, **pipes | kwargs)
 
 
 def feed(process, content):
@@ -391,8 +352,8 @@ def feed(process, content):
     process.stdin.flush()
 
 
-def wait_for(condition, seconds=300):
-    end = time.monotonic() + seconds
+def wait_for(condition):
+    end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.002)
@@ -426,27 +387,31 @@ def written(corpus, tmp_path):
     return [shutil.copy(corpus[0].with_name(name), tmp_path / name) for name in names]
 
 
+def first_window(corpus):
+    """The output of the first window."""
+    return b"".join(corpus[1].splitlines(keepends=True)[:WINDOW])
+
+
 def test_kills_at_random_points(models_dir, run, corpus, tmp_path):
     path, whole = corpus
     output = tmp_path / "scores.jsonl"
     rng = random.Random()
     for _ in range(3):
         target = size(output) + rng.randint(1, len(whole) // 3)
-        with killed_at_the_end(start(models_dir, path, "--output", output)) as process:
+        with start(models_dir, path, "--output", output) as process:
             wait_for(lambda target=target: process.poll() is not None or size(output) >= target)
         assert whole.startswith(output.read_bytes())
     assert run(path, "--output", output)[0] == 1
     assert output.read_bytes() == whole
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 @pytest.mark.parametrize("workers", [[], pytest.param(["--workers", "2"], marks=pytest.mark.slow)])
 def test_ctrl_c_says_how_many_lines_are_saved(models_dir, run, corpus, tmp_path, workers):
     path = tmp_path / "texts.jsonl"
     path.write_bytes(2 * corpus[0].read_bytes())
     output = tmp_path / "scores.jsonl"
-    pipe = {"start_new_session": True, "stdin": subprocess.PIPE}
-    with killed_at_the_end(start(models_dir, "-", "--output", output, *workers, **pipe)) as process:
+    words = ["-", "--output", output, *workers]
+    with start(models_dir, *words, start_new_session=True) as process:
         feed(process, path.read_bytes()[:-100])
         wait_for(lambda: size(output))
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers, too
@@ -454,29 +419,20 @@ def test_ctrl_c_says_how_many_lines_are_saved(models_dir, run, corpus, tmp_path,
     n_lines = output.read_bytes().count(b"\n")
     assert WINDOW <= n_lines < 2 * N_TEXTS
     message = f"score.py: interrupted; {n_lines} lines are saved in {output}; the same"
-    assert process.returncode == 130
-    assert stderr.decode() == f"{message} command continues\n"
-    for name in ("scores.jsonl", "undisturbed.jsonl"):
-        assert run(path, "--output", tmp_path / name)[0] == 1
-    assert output.read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
+    assert (process.returncode, stderr.decode()) == (130, f"{message} command continues\n")
+    undisturbed = tmp_path / "undisturbed.jsonl"
+    for each in (output, undisturbed):
+        assert run(path, "--output", each)[0] == 1
+    assert output.read_bytes() == undisturbed.read_bytes()
 
 
 def test_a_power_failure(run, corpus, written):
     """The record may end anywhere, but the output never ends before what it says."""
     path, output, record = written
-    header, *entries = record.read_bytes().splitlines(keepends=True)
-    assert len(entries) == 3
-    lines = corpus[1].splitlines(keepends=True)
-    n_bytes = len(b"".join(lines[:WINDOW]))
-    kept = header + entries[0]
-    for tail, n_more in [
-        (b"", 0),
-        (b"", 40),
-        (b"\0" * 99, 40),
-        (entries[1][:50], 9000),
-        (b"{}", 1),
-    ]:
-        record.write_bytes(kept + tail)
+    header, first, second, _ = record.read_bytes().splitlines(keepends=True)
+    n_bytes = len(first_window(corpus))
+    for tail, n_more in {b"": 0, b"\0" * 99: 40, second[:50]: 9000, b"{}": 1}.items():
+        record.write_bytes(header + first + tail)
         output.write_bytes(corpus[1][: n_bytes + n_more])
         for _ in range(2):
             assert run(path, "--output", output)[0] == 1
@@ -485,14 +441,13 @@ def test_a_power_failure(run, corpus, written):
 
 def test_later_lines_of_the_input_may_change(run, corpus, written):
     path, output, record = written
-    first = b"".join(corpus[1].splitlines(keepends=True)[:WINDOW])
-    output.write_bytes(first)
+    output.write_bytes(first_window(corpus))
     record.write_bytes(b"".join(record.read_bytes().splitlines(keepends=True)[:2]))
     path.write_bytes(path.read_bytes()[: WINDOW * LINE_BYTES] + b'{"text": "new"}')
     status, (line,) = run(path, "--output", output)
     assert status == 0
     assert f"texts: {WINDOW + 1}," in line
-    assert output.read_bytes().startswith(first)
+    assert output.read_bytes().startswith(first_window(corpus))
 
 
 def assert_refused(run, path, output, *words, **kwargs):
@@ -508,18 +463,16 @@ def assert_refused(run, path, output, *words, **kwargs):
 def test_another_model_option_or_input_is_refused(run, written):
     path, output, _ = written
     assert_refused(run, path, output, model="other")
-    for words in (["--tokens"], ["--end"], ["--field", "id"], ["--context_field", "id"]):
-        assert_refused(run, path, output, *words)
-    assert_refused(run, path, output, "--special_tokens")
+    fields = ["--field=id", "--context_field=id"]
+    for option in ("--tokens", "--end", "--special_tokens", *fields):
+        assert_refused(run, path, output, option)
     lines = path.read_bytes().splitlines(keepends=True)
-    others = [
+    for other in (
         [*lines[:-1], b"no JSON\r\n"],
-        [lines[0].replace(b'": "', b'": "z'), *lines[1:]],
         [lines[1], lines[0], *lines[2:]],
         [*lines[:100], b"\n", *lines[100:]],
         lines[:-1],
-    ]
-    for other in others:
+    ):
         path.write_bytes(b"".join(other))
         assert_refused(run, path, output)
 
@@ -527,14 +480,12 @@ def test_another_model_option_or_input_is_refused(run, written):
 def test_what_belongs_to_something_else_is_not_touched(run, corpus, written):
     path, output, record = written
     whole = corpus[1]
-    first, *_, last = whole.splitlines(keepends=True)
-    contents = [b"notes\n", first, whole.replace(b'"nats": ', b'"nats": 1', 1), whole + b"{"]
-    contents += [whole + first, whole[: -len(last)], whole[:-1] + b"\r\n"]
-    for content in contents:
+    header = record.read_bytes().splitlines()[0]
+    changed = whole.replace(b'"nats": ', b'"nats": 1', 1)
+    for content in (b"notes\n", changed, whole + b"{", whole[:-9], whole[:-1] + b"\r\n"):
         output.write_bytes(content)
         assert_refused(run, path, output)
-    header = record.read_bytes().splitlines()[0]
-    for content in (b"{}", header[:9], header[1:], b"notes\n" + header):
+    for content in (b"{}", header[:9], b"notes\n" + header):
         record.write_bytes(content)
         for content_of_output in (whole, b""):
             output.write_bytes(content_of_output)
@@ -549,8 +500,7 @@ def test_one_of_two_runs_with_the_same_output_works(models_dir, run, corpus, tmp
     pytest.importorskip("fcntl")
     path, whole = corpus
     output = tmp_path / "scores.jsonl"
-    process = start(models_dir, "-", "--output", output, stdin=subprocess.PIPE)
-    with killed_at_the_end(process):
+    with start(models_dir, "-", "--output", output) as process:
         feed(process, b"{")
         wait_for(lambda: size(output.with_name("scores.jsonl.run")))
         assert_one_line(run(path, "--output", output), 1, "another run is writing")
@@ -582,20 +532,19 @@ class Cluster:
     """A scheduler and workers that belong to the test."""
 
     def __init__(self, folder, processes):
-        self.folder = folder
         self.processes = processes
         self.file = folder / "scheduler.json"
+        self.output = folder / "scores.jsonl"
 
-    def start(self, program, *words, cwd):
+    def start(self, program, *words, cwd="."):
         command = [sys.executable, "-m", f"distributed.cli.dask_{program}", "--no-dashboard"]
-        command += ["--scheduler-file", str(self.file), *words]
+        command += ["--scheduler-file", self.file, *words]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command, cwd=cwd, **quiet)
-        return self.processes.enter_context(killed_at_the_end(process))
+        return self.processes.enter_context(started(command, cwd=cwd, **quiet))
 
     def scheduler(self):
         self.file.unlink(missing_ok=True)
-        process = self.start("scheduler", "--host", "127.0.0.1", "--port", "0", cwd=self.folder)
+        process = self.start("scheduler", "--host", "127.0.0.1", "--port", "0")
         wait_for(self.address)
         return process
 
@@ -604,15 +553,19 @@ class Cluster:
         with contextlib.suppress(OSError, ValueError):
             return json.loads(self.file.read_text())["address"]
 
-    def worker(self, cwd, n_threads=1):
-        return self.start("worker", "--no-nanny", "--nthreads", str(n_threads), cwd=cwd)
+    def worker(self, cwd, n_threads="1"):
+        return self.start("worker", "--no-nanny", "--nthreads", n_threads, cwd=cwd)
 
-    def score(self, path, output, cwd):
-        """Run score.py -> (exit status, the last line of standard error)"""
-        words = ["--output", output, "--scheduler", self.address()]
-        with killed_at_the_end(start(CURRENT_DIR, path, *words, cwd=cwd)) as process:
-            _, stderr = process.communicate(timeout=300)
-        return process.returncode, stderr.decode().splitlines()[-1]
+    def score(self, path, models_dir):
+        """Start score.py with the workers. - as the path means a pipe."""
+        words = [path, "--output", self.output, "--scheduler", self.address()]
+        return start(CURRENT_DIR, *words, cwd=models_dir)
+
+
+def end_of(process, content=b""):
+    """Wait until score.py ends, with this rest of its input -> (exit status, its last line)."""
+    _, stderr = process.communicate(content, timeout=300)
+    return process.returncode, stderr.decode().splitlines()[-1]
 
 
 @pytest.fixture
@@ -624,21 +577,21 @@ def cluster(tmp_path):
         yield Cluster(tmp_path, processes)
 
 
-def test_a_worker_with_another_model_or_more_threads(models_dir, corpus, cluster):
+def test_a_worker_with_another_model_or_more_threads(models_dir, corpus, cluster, tmp_path):
     path, whole = corpus
-    worker_dir = cluster.folder / "worker"
-    shutil.copytree(models_dir / "other", worker_dir / "small")
+    shutil.copytree(models_dir / "other", tmp_path / "small")
     cluster.scheduler()
-    worker = cluster.worker(worker_dir)
-    output = cluster.folder / "scores.jsonl"
-    status, message = cluster.score(path, output, cwd=models_dir)
+    worker = cluster.worker(tmp_path)
+    with cluster.score(path, models_dir) as process:
+        status, message = end_of(process)
     assert status == 1
     assert re.match("score.py: worker tcp://.* another model", message)
-    assert size(output) == 0
+    assert size(cluster.output) == 0
     worker.kill()
-    cluster.worker(models_dir, n_threads=2)  # BLAS would use two for each of them
-    assert cluster.score(path, output, cwd=models_dir)[0] == 1
-    assert output.read_bytes() == whole
+    cluster.worker(models_dir, n_threads="2")  # BLAS would use two for each of them
+    with cluster.score(path, models_dir) as process:
+        assert end_of(process)[0] == 1
+    assert cluster.output.read_bytes() == whole
 
 
 def test_local_workers_beside_another_package_called_examples(models_dir, corpus, tmp_path):
@@ -648,42 +601,38 @@ def test_local_workers_beside_another_package_called_examples(models_dir, corpus
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "__init__.py").touch()
     env = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
-    with killed_at_the_end(
-        start(models_dir, path, "--output", output, "--workers", "1", env=env)
-    ) as process:
-        assert b"errors: 1" in process.communicate(timeout=300)[1]
+    with start(models_dir, path, "--output", output, "--workers", "1", env=env) as process:
+        assert "errors: 1" in end_of(process)[1]
     assert output.read_bytes() == whole
 
 
 @pytest.mark.slow
-def test_workers_and_schedulers_come_and_go(models_dir, corpus, cluster):
+def test_workers_and_schedulers_come_and_go(models_dir, corpus, cluster, tmp_path):
     """The test writes the input piece by piece, so that all this happens in the middle."""
     path, whole = corpus
     content = path.read_bytes()
-    output = cluster.folder / "scores.jsonl"
     scheduler = cluster.scheduler()
     first = cluster.worker(models_dir)
-    words = ["--output", output, "--scheduler", cluster.address()]
-    process = start(models_dir, "-", *words, stdin=subprocess.PIPE)
-    with killed_at_the_end(process):
+    with cluster.score("-", models_dir) as process:
         feed(process, content)
-        wait_for(lambda: size(output))
+        wait_for(lambda: size(cluster.output))
         cluster.worker(models_dir)
         first.kill()
         feed(process, content)
-        wait_for(lambda: size(output) > len(whole))
+        wait_for(lambda: size(cluster.output) > len(whole))
         scheduler.kill()
-        _, stderr = process.communicate(content, timeout=300)
-    assert process.returncode == 1
-    lost = rb"score.py: (no connection to the Dask scheduler|Timed out trying to connect)"
-    assert re.match(lost, stderr.splitlines()[-1])
-    n_bytes = size(output)
+        status, message = end_of(process, content)
+    assert status == 1
+    lost = "score.py: (no connection to the Dask scheduler|Timed out trying to connect)"
+    assert re.match(lost, message)
+    n_bytes = size(cluster.output)
     cluster.scheduler()
     cluster.worker(models_dir)
-    (cluster.folder / "texts.jsonl").write_bytes(content * 3)
-    assert cluster.score(cluster.folder / "texts.jsonl", output, cwd=models_dir)[0] == 1
-    assert len(whole) < n_bytes < size(output)
-    assert len(read_lines(output.read_bytes())) == 3 * N_TEXTS
+    (tmp_path / "texts.jsonl").write_bytes(content * 3)
+    with cluster.score(tmp_path / "texts.jsonl", models_dir) as process:
+        assert end_of(process)[0] == 1
+    assert len(whole) < n_bytes < size(cluster.output)
+    assert len(read_lines(cluster.output.read_bytes())) == 3 * N_TEXTS
 
 
 def test_a_scheduler_that_is_not_there(run):
