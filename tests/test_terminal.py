@@ -108,12 +108,10 @@ def test_arguments():
 # Streams
 
 
-@pytest.mark.parametrize("stderr", [io.StringIO, Writer])
-@pytest.mark.parametrize("stdout", [io.StringIO, Writer])
-def test_replaced_streams(monkeypatch, stdout, stderr):
-    """The text of an error goes to standard error or nowhere."""
-    out = stdout()
-    err = stderr()
+@pytest.mark.parametrize("stream", [io.StringIO, Writer])
+def test_replaced_streams(monkeypatch, stream):
+    out = stream()
+    err = stream()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
     terminal.note("before")

@@ -40,19 +40,15 @@ def small_blocks(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def three_blas_threads():
-    """Set BLAS to a number of its own, and see that each test leaves it so."""
-    with threadpoolctl.threadpool_limits(3, user_api="blas"):
-        yield
-        assert set(blas_threads()) == {3}
-
-
-@pytest.fixture(params=[1, 2, 3, 5])
 def n_threads(request):
-    """BLAS is set to this number of threads, and each call leaves it so."""
-    with threadpoolctl.threadpool_limits(request.param, user_api="blas"):
-        yield request.param
-        assert set(blas_threads()) == {request.param}
+    """BLAS is set to this number of threads, and each test leaves it so."""
+    n = getattr(request, "param", 3)
+    with threadpoolctl.threadpool_limits(n, user_api="blas"):
+        yield n
+        assert set(blas_threads()) == {n}
+
+
+several_numbers = pytest.mark.parametrize("n_threads", [1, 2, 3, 5], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +114,7 @@ def watched(params, watcher):
 # How many threads there are, and the results
 
 
+@several_numbers
 def test_a_prompt_has_as_many_threads_as_blas_was_set_to(n_threads, params, exact):
     watcher = Watcher(n_threads)
     logits = logits_of(129, watched(params, watcher))
@@ -126,24 +123,23 @@ def test_a_prompt_has_as_many_threads_as_blas_was_set_to(n_threads, params, exac
     assert_exact(logits, exact)
 
 
-def test_logits_and_bits(n_threads, params, exact):
+@several_numbers
+def test_logits_log_probs_and_bits(n_threads, params, exact):
     for n in (1, 2, 31, 64, 65, 127, 128, 129, 1000):
         logits = logits_of(n, params)
         assert logits.shape == (n, HPARAMS["n_vocab"])
         assert_exact(logits, exact)
         np.testing.assert_array_equal(logits, logits_of(n, params))
+    log_probs = np.log(float64_softmax(exact[:128]))[np.arange(128), IDS[1:129]]
+    assert_exact(gpt2.log_probs(IDS[:129], params, N_HEAD), log_probs)
 
 
+@several_numbers
 def test_greedy_ids_match_transformers(n_threads, tiny, reference):
     """36 ids with the cache, after a prompt that is long enough for threads."""
     _, hparams, params = tiny
     ids = [*reference["tiny/ids"], *reference["tiny/greedy"]]
     assert gpt2.generate(ids[:70], params, hparams["n_head"], len(ids) - 70) == ids[70:]
-
-
-def test_log_probs(n_threads, params, exact):
-    log_probs = np.log(float64_softmax(exact[:128]))[np.arange(128), IDS[1:129]]
-    assert_exact(gpt2.log_probs(IDS[:129], params, N_HEAD), log_probs)
 
 
 def test_where_there_are_no_threads_of_ours(params):
@@ -186,7 +182,6 @@ def test_a_call_inside_a_call(params, exact):
     inside = Watcher(then=lambda _: nested.append(logits_of(100, params)) if not nested else None)
     assert_exact(logits_of(129, watched(params, inside)), exact)
     assert_exact(nested[0], exact)
-    assert set(blas_threads()) == {3}
 
 
 # NumPy's settings, errors, Ctrl-C
