@@ -219,6 +219,7 @@ def later(value):
 
 SILENCE = Fault(silent=True, then="close")
 RESET = Fault(silent=True, then="reset")
+STALL = Fault(silent=True, then="stall")
 GZIP = Fault(change=gzip.compress, headers="Content-Encoding: gzip")
 IGNORES_RANGE = Fault(ignores_range=True)
 CUT_AGAIN = Fault(ignores_range=True, sends=N // 2, then="close")
@@ -236,9 +237,7 @@ FAULTS = {
     "no answer": fails(5, "without response", SILENCE, naps=[0.5, 1, 2, 4]),
     "no answer after PATIENCE": fails(1, "without response", SILENCE, PATIENCE=-1),
     "no answer after PATIENCE, but bytes": fails(5, "without resp", cut(), SILENCE, PATIENCE=-1),
-    "silence": fails(
-        1, "timed out", Fault(silent=True, then="stall"), TIMEOUT=(10, 0.3), PATIENCE=0.2
-    ),
+    "silence": fails(1, "timed out", STALL, TIMEOUT=(10, 0.3), PATIENCE=0.2),
     "stall": works(None, cut(then="stall"), TIMEOUT=(10, 0.5)),
     "few bytes each time": works(None, cut(N // 20), times=ALWAYS),
     "web page": fails(1, "web page", "Content-Type: TEXT/HTML; charset=utf-8"),
@@ -297,11 +296,11 @@ def test_an_interruption_loses_little(server, folder, monkeypatch):
     """With the real size of chunks, an interruption loses at most one. The next run resumes."""
     monkeypatch.setattr(utils, "CHUNK_BYTES", REAL_CHUNK)
     server.files = random_files(**{DATA: 1_200_000})
-    server.misbehave(DATA, cut(250_000), cut(250_000), 404)
+    server.misbehave(DATA, cut(250_000), 404)
     download_fails(folder, "404")
     kept = (folder / f"{DATA}.part").read_bytes()
-    assert 2 * (250_000 - REAL_CHUNK) - 1 <= len(kept) <= 500_000
-    assert kept == server.files[DATA][: len(kept)]
+    assert len(kept) >= 250_000 - REAL_CHUNK
+    assert server.files[DATA].startswith(kept)
     check_completes(folder, server)
 
 
@@ -365,11 +364,11 @@ def test_redirect_from_https_stays_https(server, folder, monkeypatch, scheme):
 
     monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send_with_http)
     monkeypatch.setenv("GPT2_BASE_URL", server.address.replace("http", "https"))
-    location = server.address.replace("http", scheme) + "/355M/vocab.bpe"
+    location = server.address.replace("http", scheme) + "/355M/checkpoint"
     server.misbehave("checkpoint", Fault(302, f"Location: {location}"))
     if scheme == "https":
         download(folder)
-        assert (folder / "checkpoint").read_bytes() == server.files["vocab.bpe"]
+        check_complete(folder, server.files)
     else:
         message = "https://.*/355M/checkpoint: .*http://127.0.0.1"
         download_fails(folder, message, error_class=ConnectionError)
@@ -379,23 +378,17 @@ def test_redirect_from_https_stays_https(server, folder, monkeypatch, scheme):
 # SHA-256
 
 
-@pytest.mark.parametrize(
-    ("value", "model_size"), [(None, "124M"), ("", "124M"), ("0", "124M"), (None, "1558M")]
-)
-def test_sha256_is_checked_by_default(server, folder, monkeypatch, model_size, value, capfd):
+@pytest.mark.parametrize(("model_size", "allowed"), [("124M", ""), ("124M", "0"), ("1558M", "")])
+def test_sha256_is_checked_by_default(server, folder, monkeypatch, capfd, model_size, allowed):
     """All SHA-256 are known for 124M, for other sizes only those of the shared files."""
-    known = {name: hashlib.sha256(body).hexdigest() for name, body in server.files.items()}
-    monkeypatch.setattr(utils, "FILES", known)
-    monkeypatch.delenv("GPT2_ALLOW_UNVERIFIED")
-    if value is not None:
-        monkeypatch.setenv("GPT2_ALLOW_UNVERIFIED", value)
-    checked = SIZES if model_size == "124M" else ("checkpoint", "encoder.json", "vocab.bpe")
     intact = server.files
-    server.files = {name: body[:-1] + b"~" for name, body in intact.items()}
-    for name in checked:
+    known = {name: hashlib.sha256(body).hexdigest() for name, body in intact.items()}
+    monkeypatch.setattr(utils, "FILES", known)
+    monkeypatch.setenv("GPT2_ALLOW_UNVERIFIED", allowed)
+    server.files = {name: body[1:] for name, body in intact.items()}
+    for name in SIZES if model_size == "124M" else ("checkpoint", "encoder.json", "vocab.bpe"):
         download_fails(folder, f"{name}.*SHA-256", model_size)
-        assert name in missing(folder)
-        assert not list(folder.glob("*.part*"))
+        assert not list(folder.glob(f"{name}*"))
         server.files[name] = intact[name]
     download(folder, model_size)
     check_complete(folder, server.files)
@@ -403,16 +396,15 @@ def test_sha256_is_checked_by_default(server, folder, monkeypatch, model_size, v
     assert set(lines) == {f"downloading {model_size} from {server.address}"}
 
 
-def test_published_sha256(server, folder, monkeypatch, real_vocabulary):
-    """The published files pass the check. Random files do not, unless the user allows them."""
-    monkeypatch.delenv("GPT2_ALLOW_UNVERIFIED")
-    download_fails(folder, r"checkpoint.*SHA-256")
-    server.files["checkpoint"] = (
+def test_published_sha256(real_vocabulary):
+    published = {
+        name: Path(*real_vocabulary, name).read_bytes() for name in ("encoder.json", "vocab.bpe")
+    }
+    published["checkpoint"] = (
         b'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n'
     )
-    for name in ("encoder.json", "vocab.bpe"):
-        server.files[name] = Path(*real_vocabulary, name).read_bytes()
-    check_completes(folder, server)
+    for name, content in published.items():
+        assert utils.FILES[name] == hashlib.sha256(content).hexdigest()
 
 
 def test_progress_bars_end_at_100_percent(server, folder, monkeypatch):
