@@ -392,16 +392,6 @@ def test_interactive_at_a_terminal(models_dir):
 # Processes
 
 
-def test_ctrl_c_exits_with_130_and_no_message(models_dir):
-    with start("--interactive", *options_for(models_dir, 100_000)) as process:
-        process.stdin.write(b"ROMEO:\nJULIET:\n")
-        process.stdin.close()
-        assert process.stdout.read(10) == ROMEO[:10].encode()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=120) == 130
-        assert process.stderr.read() == b""
-
-
 def test_the_c_locale(options):
     """The arguments are UTF-8 all the same. Characters that cannot be shown become ?."""
     environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -410,21 +400,6 @@ def test_the_c_locale(options):
     assert not text.isascii()
     result = run_process(*words, env=environment)
     assert result == Result(0, text.encode("ascii", "replace"), b"")
-
-
-def test_python_goes_on_after_the_text(options, oracle):
-    """Python's option -i keeps the interpreter. Neither TensorFlow nor requests is imported."""
-    script = b"import sys\nprint({'numpy', 'tensorflow', 'requests'} & set(sys.modules))\n"
-    result = run_process("the", *options, python=["-i"], stdin=script)
-    assert result.out == oracle("the").encode() + b"{'numpy'}\n"
-
-
-def test_a_missing_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "regex", None)
-    monkeypatch.delitem(sys.modules, "encoder")
-    monkeypatch.delitem(sys.modules, "hugging_face", raising=False)
-    monkeypatch.delitem(sys.modules, "utils")
-    assert_error(run("a"), 1, "regex", "python -m pip install regex")
 
 
 # Random words

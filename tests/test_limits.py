@@ -75,11 +75,9 @@ def test_wrong_options(name):
 
 
 def test_numbers_of_numpys_types():
-    for name, values in {"top_k": (2, np.int8(2)), "top_p": (0.5, np.float32(0.5))}.items():
-        python, numpy = (
-            generate(n_tokens_to_generate=9, **DRAWN | {name: value}) for value in values
-        )
-        assert python == numpy
+    python = generate(PROMPT, 9, top_k=9, top_p=0.5, **DRAWN)
+    numpy = generate(PROMPT, np.int8(9), top_k=np.int8(9), top_p=np.float32(0.5), **DRAWN)
+    assert python == numpy
 
 
 @pytest.mark.parametrize("collection", [set, list, np.array])
