@@ -1,6 +1,7 @@
 """examples/score.py with a small random model: figures, kinds of input, continuing, Dask."""
 
 import contextlib
+import functools
 import gzip
 import json
 import math
@@ -28,7 +29,6 @@ from helpers import (
     write_model,
 )
 from make_score_reference import N_CTX, expected
-from make_score_reference import score as expected_scores
 
 import fast
 import terminal
@@ -68,11 +68,12 @@ def run(models_dir, capfd):
 def score_rows(run, tmp_path):
     """score_rows(rows or bytes, options) -> the documents of the output"""
 
-    def score_it(rows, *options, name="texts.jsonl", output="scores.jsonl"):
+    def score_it(rows, *options, name="texts.jsonl"):
         path = tmp_path / name
         path.write_bytes(rows if isinstance(rows, bytes) else json_lines(rows))
-        status, _ = run(path, "--output", tmp_path / output, *options)
-        documents = read_lines((tmp_path / output).read_bytes())
+        output = tmp_path / "scores.jsonl"
+        status, _ = run(path, "--output", output, *options)
+        documents = read_lines(output.read_bytes())
         assert status == any("error" in document for document in documents)
         return documents
 
@@ -132,7 +133,7 @@ def assert_figures(document, wanted, text):
 
 
 def test_figures_of_texts_equal_a_computation_in_float64(score_rows, encoding):
-    texts = [*random_texts(8), "the " * 100]
+    texts = [*random_texts(8), "the<|endoftext|>", "the " * 100]
     texts += [" the" * n for n in range(N_CTX - 1, N_CTX + 3)]  # where the end just fits, or not
     rows = [{"id": i, "text": text, "nats": "?"} for i, text in enumerate(texts)]
     for row, document in zip(rows, score_rows(rows, "--end", "--tokens"), strict=True):
@@ -164,17 +165,12 @@ def test_a_token_with_parts_of_context_and_text_is_an_error(score_rows):
 
 
 def test_special_tokens(score_rows, encoding):
-    context = "the<|endoftext|>"
-    text = " and<|endoftext|>in"
-    rows = [{"text": text, "context": context}]
-    options = ["--tokens", "--context_field", "context"]
-    (ordinary,) = score_rows(rows, *options)
-    (special,) = score_rows(rows, "--special_tokens", *options, output="special.jsonl")
-    assert ordinary["n_tokens"] == len(encoding.encode_ordinary(text))
-    assert special["tokens"] == [" and", "<|endoftext|>", "in"]
-    ids = encoding.encode(context + text, allowed_special="all")
-    wanted = [nats for nats, _ in expected_scores(ids, predict)][-3:]
-    np.testing.assert_allclose(special["token_nats"], wanted, atol=1e-4)
+    row = {"context": "the<|endoftext|>", "text": " and<|endoftext|>in"}
+    options = ["--special_tokens", "--context_field", "context", "--end", "--tokens"]
+    (document,) = score_rows([row], *options)
+    encode = functools.partial(encoding.encode, allowed_special="all")
+    assert_figures(document, expected(*row.values(), encode, predict), row["text"])
+    assert document["tokens"] == [" and", "<|endoftext|>", "in"]
 
 
 # Kinds of input
@@ -221,7 +217,7 @@ HOSTILE = [  # line, part of the error or None, fields that are kept
     (b'{"text": "\\ud800 the", "tag": "\\udfff"}', None, {"tag": "\udfff"}),
     (b'{"text": "the", "error": 1, "nats": [2], "tokens": 3}', None, {}),
     (b'{"text": "the", "big": 12345678901234567890}', None, {"big": 12345678901234567890}),
-    (b'  {"text": "<|endoftext|>"}  \r', None, {}),
+    (b'  {"text": "the"}  \r', None, {}),
     (b"   ", "invalid JSON", {}),
     (b'{"text": "a\x00b"}', "NUL", {}),
     (b'\xff\xfe{\x00"\x00', "not UTF-8", {}),
@@ -607,7 +603,7 @@ def test_local_workers_beside_another_package_called_examples(models_dir, corpus
 
 
 @pytest.mark.slow
-def test_workers_and_schedulers_come_and_go(models_dir, corpus, cluster, tmp_path):
+def test_workers_and_schedulers_come_and_go(models_dir, run, corpus, cluster, tmp_path):
     """The test writes the input piece by piece, so that all this happens in the middle."""
     path, whole = corpus
     content = path.read_bytes()
@@ -625,13 +621,9 @@ def test_workers_and_schedulers_come_and_go(models_dir, corpus, cluster, tmp_pat
     assert status == 1
     lost = "score.py: (no connection to the Dask scheduler|Timed out trying to connect)"
     assert re.match(lost, message)
-    n_bytes = size(cluster.output)
-    cluster.scheduler()
-    cluster.worker(models_dir)
+    assert read_lines(cluster.output.read_bytes())  # ends with a whole line
     (tmp_path / "texts.jsonl").write_bytes(content * 3)
-    with cluster.score(tmp_path / "texts.jsonl", models_dir) as process:
-        assert end_of(process)[0] == 1
-    assert len(whole) < n_bytes < size(cluster.output)
+    assert run(tmp_path / "texts.jsonl", "--output", cluster.output)[0] == 1
     assert len(read_lines(cluster.output.read_bytes())) == 3 * N_TEXTS
 
 
