@@ -6,6 +6,7 @@ The models are models/tiny and the random ones of helpers.random_variables, so o
 stored.
 """
 
+import functools
 import json
 import re
 
@@ -20,6 +21,7 @@ from helpers import (
     random_variables,
     tiktoken_encoding,
 )
+from make_score_reference import score
 
 
 def their_name(name):
@@ -59,32 +61,19 @@ def torch_model(hparams, variables):
     return model
 
 
+def predict(model, ids):
+    """The log-probabilities [n_seq, n_vocab] after each of the ids."""
+    import torch
+
+    return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+
 def greedy(model, ids, n):
     """The n likeliest next ids, one after the other."""
-    import torch
-
-    ids = list(ids)
+    new_ids = []
     for _ in range(n):
-        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(ids) - n :]
-
-
-def windowed_log_probs(model, ids, n_ctx, stride):
-    """The log-probability of each id but the first, in the windows of transformers' documentation.
-
-    "Perplexity of fixed-length models": each window has n_ctx ids and begins `stride` ids after the
-    one before. It scores only the ids that no earlier window has scored.
-    """
-    import torch
-
-    scores, n_scored = [], 1
-    for begin in range(0, len(ids), stride):
-        end = min(begin + n_ctx, len(ids))
-        log_probs = model(torch.tensor([ids[begin:end]])).logits[0].double().log_softmax(-1)
-        scores += [float(log_probs[i - 1 - begin, ids[i]]) for i in range(n_scored, end)]
-        n_scored = end
-        if end == len(ids):
-            return np.array(scores, np.float32)
+        new_ids.append(int(predict(model, [*ids, *new_ids])[-1].argmax()))
+    return np.array(new_ids, np.int32)
 
 
 def warped(logits, temperature, top_k, top_p):
@@ -112,6 +101,20 @@ def tiny_model():
     return hparams, {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
 
 
+def results_of(model, ids, prompt, n, long_ids, n_ctx):
+    """The logits of ids, n greedy ids after the prompt, and the log-probabilities of long_ids."""
+    import torch
+
+    nats = [nats for nats, _ in score(long_ids, functools.partial(predict, model), n_ctx)]
+    return {
+        "ids": np.array(ids, np.int32),
+        "logits": model(torch.tensor([ids])).logits[0].numpy(),
+        "greedy": greedy(model, prompt, n),
+        "long_ids": np.array(long_ids, np.int32),
+        "long_log_probs": -np.array(nats, np.float32),
+    }
+
+
 def main():
     import torch
 
@@ -119,27 +122,21 @@ def main():
     results = {"warped/logits": (3 * rng.standard_normal((len(WARPS), 500))).astype(np.float32)}
     pairs = zip(results["warped/logits"], WARPS, strict=True)
     results["warped/probs"] = np.stack([warped(row, *options) for row, options in pairs])
-
-    def score(name, model, ids, n_ctx):
-        results[f"{name}/long_ids"] = np.array(ids, np.int32)
-        results[f"{name}/long_log_probs"] = windowed_log_probs(model, ids, n_ctx, n_ctx // 2)
-
     with torch.no_grad():
         for name, hparams in REFERENCE_MODELS.items():
-            model, n_ctx = torch_model(hparams, random_variables(hparams)), hparams["n_ctx"]
+            model = torch_model(hparams, random_variables(hparams))
+            n_ctx = hparams["n_ctx"]
             rng = np.random.RandomState(1)
-            ids = rng.randint(0, hparams["n_vocab"], n_ctx)
-            results[f"{name}/ids"] = ids.astype(np.int32)
-            results[f"{name}/logits"] = model(torch.from_numpy(ids)[None]).logits[0].numpy()
-            results[f"{name}/greedy"] = np.array(greedy(model, ids[:5], n_ctx - 4), np.int32)
-            score(name, model, rng.randint(0, hparams["n_vocab"], 5 * n_ctx + 3).tolist(), n_ctx)
+            ids = rng.randint(0, hparams["n_vocab"], n_ctx).tolist()
+            long_ids = rng.randint(0, hparams["n_vocab"], 5 * n_ctx + 3).tolist()
+            found = results_of(model, ids, ids[:5], n_ctx - 4, long_ids, n_ctx)
+            results |= {f"{name}/{key}": array for key, array in found.items()}
         hparams, variables = tiny_model()
-        model = torch_model(hparams, variables)
-        results["tiny/ids"] = np.array(TINY_PROMPT, np.int32)
-        results["tiny/greedy"] = np.array(greedy(model, TINY_PROMPT, 100), np.int32)
-        results["tiny/logits"] = model(torch.tensor([TINY_PROMPT])).logits[0].numpy()
         encoding = tiktoken_encoding(REAL_MODELS_DIR, "tiny")
-        score("tiny", model, encoding.encode_ordinary(held_out_text())[:1500], hparams["n_ctx"])
+        long_ids = encoding.encode_ordinary(held_out_text())[:1500]
+        model = torch_model(hparams, variables)
+        found = results_of(model, TINY_PROMPT, TINY_PROMPT, 100, long_ids, hparams["n_ctx"])
+        results |= {f"tiny/{key}": array for key, array in found.items()}
     np.savez_compressed(DATA_DIR / "reference.npz", **results)
 
 

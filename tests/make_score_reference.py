@@ -5,6 +5,7 @@
 The model is the random one of helpers.random_variables with helpers.SMALL_HPARAMS.
 """
 
+import functools
 import json
 import random
 import tempfile
@@ -58,45 +59,36 @@ def apply_rule(context, text, encode):
     n_ctx + 1 ids, the context loses its first ones. A text that alone leaves no place for a
     context is scored as without one.
     """
-    n_spaces = 0
-    while n_spaces < len(context) and context[len(context) - n_spaces - 1].isspace():
-        n_spaces += 1
-    n_kept = len(context) - n_spaces
     whole = encode(context + text)
-    if n_kept == 0:
-        ids, n_text = [END, *whole], len(whole)
-    else:
-        n_text = max(0, len(whole) - len(encode(context[:n_kept])))
-        ids = encode(context[:n_kept])
-        ids += whole[len(ids) :]
-    if n_text > N_CTX:
-        return [END, *ids[-n_text:]], n_text
-    while len(ids) > N_CTX + 1:
-        ids = ids[1:]
-    return ids, n_text
+    context = context.rstrip()
+    before = encode(context) if context else [END]
+    after = whole[len(before) :] if context else whole
+    if len(after) > N_CTX:
+        before = [END]
+    return [*before, *after][-max(N_CTX, len(after)) - 1 :], len(after)
 
 
-def windows(n_ids):
+def windows(n_ids, n_ctx):
     """(begin, end, first target) of each window of transformers' guide, with a stride of n_ctx / 2.
 
     A text that fits is one window.
     """
-    if n_ids <= N_CTX + 1:
+    if n_ids <= n_ctx + 1:
         return [(0, n_ids, 1)]
     found = []
     n_scored = 1
-    for begin in range(0, n_ids, N_CTX // 2):
-        end = min(begin + N_CTX, n_ids)
+    for begin in range(0, n_ids, n_ctx // 2):
+        end = min(begin + n_ctx, n_ids)
         found.append((begin, end, n_scored))
         n_scored = end
         if end == n_ids:
             return found
 
 
-def score(ids, predict):
+def score(ids, predict, n_ctx=N_CTX):
     """[(nats, is the likeliest)] of each id but the first. predict(ids) -> log-probabilities."""
     scores = []
-    for begin, end, first in windows(len(ids)):
+    for begin, end, first in windows(len(ids), n_ctx):
         log_probs = predict(ids[begin : end - 1])
         for i in range(first, end):
             row = log_probs[i - 1 - begin]
@@ -109,13 +101,11 @@ def expected(context, text, encode, predict):
     ids, n_text = apply_rule(context, text, encode)
     scores = score(ids, predict)[len(ids) - 1 - n_text :] if n_text else []
     if n_text <= N_CTX:
-        end = score([*ids[-N_CTX:], END], predict)[-1]
-    else:
-        end = score([*ids, END], predict)[-1]
+        ids = ids[-N_CTX:]
     return {
         "token_nats": [nats for nats, _ in scores],
         "greedy": all(is_likeliest for _, is_likeliest in scores),
-        "end_nats": end[0],
+        "end_nats": score([*ids, END], predict)[-1][0],
     }
 
 
@@ -131,13 +121,10 @@ def likely_pairs(pairs, encoding, predict):
 
 def main():
     import torch
-    from make_reference import torch_model
+    from make_reference import predict, torch_model
 
     model = torch_model(SMALL_HPARAMS, random_variables(SMALL_HPARAMS))
-
-    def predict(ids):
-        return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-
+    predict = functools.partial(predict, model)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         write_vocabulary(Path(folder) / "small")
         encoding = tiktoken_encoding(folder, "small")
