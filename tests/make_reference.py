@@ -17,9 +17,7 @@ from helpers import (
     REFERENCE_MODELS,
     TINY_PROMPT,
     WARPS,
-    held_out_text,
     random_variables,
-    tiktoken_encoding,
 )
 from make_score_reference import score
 
@@ -101,17 +99,14 @@ def tiny_model():
     return hparams, {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
 
 
-def results_of(model, ids, prompt, n, long_ids, n_ctx):
-    """The logits of ids, n greedy ids after the prompt, and the log-probabilities of long_ids."""
+def results_of(model, ids, prompt, n):
+    """The logits of ids, and n greedy ids after the prompt."""
     import torch
 
-    nats = [nats for nats, _ in score(long_ids, functools.partial(predict, model), n_ctx)]
     return {
         "ids": np.array(ids, np.int32),
         "logits": model(torch.tensor([ids])).logits[0].numpy(),
         "greedy": greedy(model, prompt, n),
-        "long_ids": np.array(long_ids, np.int32),
-        "long_log_probs": -np.array(nats, np.float32),
     }
 
 
@@ -123,20 +118,20 @@ def main():
     pairs = zip(results["warped/logits"], WARPS, strict=True)
     results["warped/probs"] = np.stack([warped(row, *options) for row, options in pairs])
     with torch.no_grad():
+        found = {"tiny": results_of(torch_model(*tiny_model()), TINY_PROMPT, TINY_PROMPT, 100)}
         for name, hparams in REFERENCE_MODELS.items():
             model = torch_model(hparams, random_variables(hparams))
             n_ctx = hparams["n_ctx"]
             rng = np.random.RandomState(1)
             ids = rng.randint(0, hparams["n_vocab"], n_ctx).tolist()
             long_ids = rng.randint(0, hparams["n_vocab"], 5 * n_ctx + 3).tolist()
-            found = results_of(model, ids, ids[:5], n_ctx - 4, long_ids, n_ctx)
-            results |= {f"{name}/{key}": array for key, array in found.items()}
-        hparams, variables = tiny_model()
-        encoding = tiktoken_encoding(REAL_MODELS_DIR, "tiny")
-        long_ids = encoding.encode_ordinary(held_out_text())[:1500]
-        model = torch_model(hparams, variables)
-        found = results_of(model, TINY_PROMPT, TINY_PROMPT, 100, long_ids, hparams["n_ctx"])
-        results |= {f"tiny/{key}": array for key, array in found.items()}
+            scores = score(long_ids, functools.partial(predict, model), n_ctx)
+            found[name] = results_of(model, ids, ids[:5], n_ctx - 4) | {
+                "long_ids": np.array(long_ids, np.int32),
+                "long_log_probs": -np.array([nats for nats, _ in scores], np.float32),
+            }
+    for name, arrays in found.items():
+        results |= {f"{name}/{key}": array for key, array in arrays.items()}
     np.savez_compressed(DATA_DIR / "reference.npz", **results)
 
 
