@@ -101,7 +101,6 @@ class Handler(BaseHTTPRequestHandler):
             piece = body[start : start + PIECE]
             request.sent += len(piece)  # first: tests may read it when the client has the bytes
             self.wfile.write(piece)
-            self.server.count(len(piece))
 
     def leave(self, then):
         self.close_connection = True
@@ -133,8 +132,6 @@ class Server(ThreadingHTTPServer):
         """Forget the faults and the requests."""
         self.faults = {}
         self.requests = []
-        self.sent = 0
-        self.action = None
 
     def misbehave(self, name, *faults, times=1):
         """Answer requests for name with one fault each, and `times` of them with the last one.
@@ -145,11 +142,6 @@ class Server(ThreadingHTTPServer):
         faults = [f if isinstance(f, Fault) else Fault(**{kinds[type(f)]: f}) for f in faults]
         self.faults[name] = faults[:-1] + faults[-1:] * times
 
-    def after(self, n_bytes, action):
-        """Call action() once when n_bytes are sent in total. Nothing is sent meanwhile."""
-        self.action_due = n_bytes
-        self.action = action
-
     def asked(self, name):
         return [request for request in self.requests if request.name == name]
 
@@ -158,13 +150,6 @@ class Server(ThreadingHTTPServer):
             self.requests.append(request)
             faults = self.faults.get(request.name)
             return faults.pop(0) if faults else Fault()
-
-    def count(self, n_bytes):
-        with self.lock:
-            self.sent += n_bytes
-            if self.action and self.sent >= self.action_due:
-                self.action()
-                self.action = None
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], OSError):  # OSError: the client has disconnected

@@ -8,7 +8,6 @@ import base64
 import contextlib
 import errno
 import fcntl
-import functools
 import gzip
 import hashlib
 import os
@@ -42,8 +41,6 @@ DOWNLOAD = (
     f"import sys, utils; utils.TIMEOUT = (300, 300); utils.CHUNK_BYTES = {CHUNK}; "
     "utils.download_gpt2_files('355M', sys.argv[1])",
 )
-
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def random_files(seed=0, **sizes):
@@ -421,29 +418,24 @@ def test_a_folder_that_cannot_be_locked(server, folder, monkeypatch):
 
 
 @contextlib.contextmanager
-def processes(server, folder, n=1):
-    """n processes that download the same files. They get their answers when the block ends."""
-    server.gate.clear()
+def processes(folder, n):
+    """n processes that download the same files."""
     quiet = {"cwd": ROOT, "stderr": subprocess.DEVNULL}
     started = [subprocess.Popen([*DOWNLOAD, str(folder)], **quiet) for _ in range(n)]
     yield started
-    server.gate.set()
     for process in started:
         process.wait(300)
 
 
-@pytest.mark.parametrize("nth", [7, 16, *map(slow, range(0, 30, 3))])
-def test_killed(server, folder, nth):
-    """SIGINT and SIGKILL in turn, at points spread over the whole download."""
-    server.files = random_files(seed=nth, **{DATA: 3_000_000, "model.ckpt.meta": 500_000})
-    how = (signal.SIGINT, signal.SIGKILL)[nth % 2]
-    with processes(server, folder) as (process,):
-
-        def kill():
-            process.send_signal(how)
-            process.wait()
-
-        server.after(sum(map(len, server.files.values())) * nth // 30 + 1, kill)
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("n_bytes", [1, N // 2, N])
+def test_killed(server, folder, how, n_bytes):
+    server.misbehave(DATA, cut(n_bytes, "stall"))
+    with processes(folder, 1) as (process,):
+        while not any(request.sent == n_bytes for request in server.asked(DATA)):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(how)
     assert process.returncode == -how
     for path in folder.glob("*.part"):
         assert server.files[path.stem].startswith(path.read_bytes())
@@ -456,7 +448,11 @@ def test_processes_wait_for_each_other(server, folder, is_right):
     """All but one wait for the lock of the large file, and then find the file or its rest."""
     if not is_right:  # the first one to get the lock is cut off
         server.misbehave(DATA, *[cut(N // 2)] * 3)
-    with processes(server, folder, 3) as started:
-        pass
+    server.gate.clear()
+    with processes(folder, 3) as started:
+        while len(server.requests) < 3:
+            assert not any(process.poll() for process in started)
+            time.sleep(0.01)
+        server.gate.set()
     assert [process.returncode for process in started] == [0, 0, 0]
     check_complete(folder, server.files)
