@@ -1,6 +1,5 @@
 """Shared by the tests: small models in OpenAI's layout, independent oracles, comparisons."""
 
-import contextlib
 import io
 import json
 import math
@@ -270,6 +269,14 @@ def bash(script, **options):
     )
 
 
+def python(*words, **options):
+    """Run Python in the project's folder -> (exit status, standard output, standard error)."""
+    command = [sys.executable, *map(str, words)]
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300} | options
+    result = subprocess.run(command, **options)
+    return result.returncode, result.stdout, result.stderr
+
+
 # Comparisons
 
 
@@ -278,16 +285,6 @@ def assert_close(logits, expected):
     assert logits.dtype == np.float32
     assert logits.shape == expected.shape
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
-
-
-def read_terminal(descriptor):
-    """Read what is shown on a pseudo-terminal until its other end is closed, then close it."""
-    shown = b""
-    with contextlib.suppress(OSError):  # on Linux this means that the other end is closed
-        while piece := os.read(descriptor, 1 << 16):
-            shown += piece
-    os.close(descriptor)
-    return shown
 
 
 def load(model_dir):

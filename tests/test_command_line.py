@@ -22,7 +22,7 @@ from helpers import (
     ROOT,
     float64_gpt2,
     map_arrays,
-    read_terminal,
+    python,
     tiktoken_encoding,
 )
 from hypothesis import given, settings
@@ -66,20 +66,9 @@ def run(*words, stdin=b"", stream=io.TextIOWrapper):
     return Result(status, out.getvalue(), err.getvalue())
 
 
-def start(*words, program="gpt2.py", python=("-W", "error"), env=(), **streams):
-    """Start a command line as a process."""
-    environment = os.environ | dict(env)
-    environment.pop("PYTHONUNBUFFERED", None)  # it would hide a missing flush
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | streams
-    command = [sys.executable, *python, str(ROOT / program), *words]
-    return subprocess.Popen(command, env=environment, **streams)
-
-
-def run_process(*words, stdin=b"", **kwargs):
-    """Run a command line as a process -> Result with bytes."""
-    with start(*words, **kwargs) as process:
-        out, err = process.communicate(stdin, timeout=120)
-    return Result(process.returncode, out, err)
+def run_process(*words, program="gpt2.py", **options):
+    """Run a command line as a process -> Result."""
+    return Result(*python("-W", "error", program, *words, **options))
 
 
 def options_for(models_dir, n=N):
@@ -281,7 +270,7 @@ def test_unusable_words_are_one_line_before_any_work(words, parts):
 def test_help():
     page = inspect.getdoc(gpt2.command) + "\n"
     assert run("a", "--nope", "-h") == Result(0, page, "")
-    assert run_process("--help") == Result(0, page.encode(), b"")
+    assert run_process("--help") == Result(0, page, "")
     lines = page.splitlines()
     assert max(map(len, lines)) <= 100
     assert len(lines) <= 40  # one screen
@@ -327,9 +316,8 @@ def test_from_a_server_to_the_text(models_dir, tmp_path, monkeypatch, oracle):
 
 def test_the_model_on_one_screen():
     """gpt2_pico.py prints what gpt2.py prints."""
-    words = ["ROMEO:", "--model_size", "tiny", "--models_dir", str(ROOT / "models")]
-    result = run_process(*words, program="gpt2_pico.py")
-    assert result == Result(0, f"{ROMEO}\n".encode(), b"")
+    result = run_process("ROMEO:", "--model_size", "tiny", program="gpt2_pico.py")
+    assert result == Result(0, f"{ROMEO}\n", "")
 
 
 # Interactive use
@@ -349,10 +337,9 @@ def test_interactive_at_a_terminal(models_dir):
     """The answers have 100,000 tokens, so each one is interrupted."""
     beginning = ROMEO.partition(" and")[0].encode().replace(b"\n", b"\r\n")
     terminal, end = pty.openpty()
-    words = ["ROMEO:", "--interactive", *options_for(models_dir, 100_000)]
+    words = ["gpt2.py", "ROMEO:", "--interactive", *options_for(models_dir, 100_000)]
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), end)
-    process = start(*words, env={"TERM": "dumb"}, **streams)  # no escape sequences
-    os.close(end)
+    environment = os.environ | {"TERM": "dumb"}  # no escape sequences
     shown = b""
 
     def wait_for(text):
@@ -363,31 +350,33 @@ def test_interactive_at_a_terminal(models_dir):
             assert ready, f"{text} did not appear: {shown}"
             shown += os.read(terminal, 1000)
         before, _, shown = shown.partition(text)
+        assert b"Traceback" not in before
         return before
 
-    try:
-        assert b"Ctrl-D" in wait_for(beginning)  # the answer to the prompt in the arguments
-        process.send_signal(signal.SIGINT)
-        wait_for(b"\r\n> ")
-        os.write(terminal, b"\n")
-        assert wait_for(b"> ") == b"\r\n"  # an empty line is no prompt
-        os.write(terminal, b"a\xffb\n")
-        wait_for(b"\r\nthe prompt is not UTF-8")
-        wait_for(b"\r\n> ")
-        process.send_signal(signal.SIGINT)
-        os.write(terminal, b"\n")  # readline needs a key if the signal came before it began to wait
-        wait_for(b"> ")
-        os.write(terminal, b"ROMEO:\n")
-        wait_for(beginning)
-        process.send_signal(signal.SIGINT)
-        wait_for(b"\r\n> ")
-        os.write(terminal, b"\x04")
-        shown += read_terminal(terminal)
-        assert b"Traceback" not in shown
-        assert process.wait(timeout=120) == 0
-    finally:
-        process.kill()
-        process.wait()
+    command = [sys.executable, "-W", "error", *words]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **streams) as process:
+        os.close(end)
+        try:
+            assert b"Ctrl-D" in wait_for(beginning)  # the answer to the prompt in the arguments
+            process.send_signal(signal.SIGINT)
+            wait_for(b"\r\n> ")
+            os.write(terminal, b"\n")
+            assert wait_for(b"> ") == b"\r\n"  # an empty line is no prompt
+            os.write(terminal, b"a\xffb\n")
+            wait_for(b"\r\nthe prompt is not UTF-8")
+            wait_for(b"\r\n> ")
+            process.send_signal(signal.SIGINT)
+            os.write(terminal, b"\n")  # readline needs a key if it did not wait yet
+            wait_for(b"> ")
+            os.write(terminal, b"ROMEO:\n")
+            wait_for(beginning)
+            process.send_signal(signal.SIGINT)
+            wait_for(b"\r\n> ")
+            os.write(terminal, b"\x04")
+            assert process.wait(timeout=120) == 0
+        finally:
+            process.kill()
+            os.close(terminal)
 
 
 # Processes
@@ -399,8 +388,8 @@ def test_the_c_locale(options):
     words = ["é中", "--temperature=9", "--seed=6", *options]
     text = run(*words).out
     assert not text.isascii()
-    result = run_process(*words, env=environment)
-    assert result == Result(0, text.encode("ascii", "replace"), b"")
+    result = run_process(*words, env=os.environ | environment)
+    assert result == Result(0, text.encode("ascii", "replace").decode(), "")
 
 
 # Random words

@@ -214,7 +214,6 @@ def content(cache):
     ("change", "batch", "shape"),
     [
         ({}, (2,), (1, 3)),
-        ({}, (2,), (3,)),
         ({}, (), (1, 3)),
         ({"n_embd": 20}, (), (3,)),
         ({"n_layer": 2}, (), (3,)),
@@ -237,10 +236,9 @@ LAST_BLOCK_WITHOUT_MLP = [*PARAMS["blocks"][:10], PARAMS["blocks"][10] | {"mlp":
     [
         ([N_VOCAB], {}),
         ([1] * 20, {}),
-        ([[1]], {}),
         ([1, 2], {"blocks": LAST_BLOCK_WITHOUT_MLP}),
     ],
-    ids=["id", "too long", "batch", "block"],
+    ids=["id", "too long", "block"],
 )
 def test_an_error_leaves_the_cache_as_it_was(inputs, options, ids, reference):
     logits = reference["eleven_layers/logits"]

@@ -8,7 +8,6 @@ import pickle
 import random
 import re
 import shutil
-import subprocess
 import sys
 from unittest.mock import Mock
 
@@ -17,13 +16,13 @@ import pytest
 from helpers import (
     DATA_DIR,
     FILES,
-    ROOT,
     SMALL_HPARAMS,
     SMALL_MERGES,
     copy_model,
     flat,
     is_mapped,
     load,
+    python,
     random_variables,
     save_data,
     save_variables,
@@ -425,11 +424,6 @@ print({"tensorflow", "requests"} & set(sys.modules))
 """
 
 
-def python(code, *arguments):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
 def own_lines(stderr):
     """The lines of standard error without those about CUDA, which TensorFlow's GPU build prints."""
     theirs = r"(?i)cuda|cudnn|cublas|cufft|computation_placer|tensorrt|absl::InitializeLog"
@@ -455,9 +449,8 @@ def test_tensorflow_is_silent_and_code_in_files_is_never_executed(model_dir, tmp
             is_ignored = name in ("model.ckpt.meta", MARK, "pytorch_model.bin")
             expected.append(("loaded " if is_ignored else "refused ") + model)
     models = [line.split()[1] for line in expected]
-    first = python(FIRST_LOADS, tmp_path, model_dir.name, *models)
-    assert (own_lines(first.stderr), first.returncode) == (["still there"], 0)
-    assert first.stdout.splitlines() == [*expected, "[]"]
+    status, out, err = python("-c", FIRST_LOADS, tmp_path, model_dir.name, *models)
+    assert (status, own_lines(err)) == (0, ["still there"])
+    assert out.splitlines() == [*expected, "[]"]
     assert not marker.exists()
-    second = python(SECOND_LOAD, model_dir.name, tmp_path)
-    assert (second.stdout, second.stderr, second.returncode) == ("set()\n", "", 0)
+    assert python("-c", SECOND_LOAD, model_dir.name, tmp_path) == (0, "set()\n", "")

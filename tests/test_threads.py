@@ -5,14 +5,13 @@ The oracle is the model in float64. Watcher is an activation, so it sees the thr
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from helpers import ROOT, float64_gpt2, float64_softmax, random_params
+from helpers import ROOT, float64_gpt2, float64_softmax, python, random_params
 
 import fast
 import gpt2
@@ -249,13 +248,9 @@ def run_program(text, **variables):
     """What a new process prints. It must not fail."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "MKL_NUM_THREADS")
     environment = {name: value for name, value in os.environ.items() if name not in names}
-    command = [sys.executable, "-c", START + text]
-    result = subprocess.run(
-        command, env=environment | variables, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    assert "Traceback" not in result.stderr, result.stderr
-    return result.stdout
+    status, out, err = python("-c", START + text, env=environment | variables)
+    assert (status, "Traceback" in err) == (0, False), err
+    return out
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc, and forks")

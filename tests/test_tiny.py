@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from helpers import (
     flat,
     held_out_text,
     load,
+    python,
     tiktoken_encoding,
 )
 
@@ -160,10 +160,10 @@ def test_training(text_file, tmp_path, capfd):
 
 
 def test_a_wrong_option_of_the_file_run_in_another_folder(tmp_path):
-    command = [sys.executable, ROOT / "examples" / "train.py", "my.txt", "mine", "--steps=0"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("train.py: --steps must be at least 1, got 0; --help")
+    words = [ROOT / "examples" / "train.py", "my.txt", "mine", "--steps=0"]
+    status, out, err = python(*words, cwd=tmp_path)
+    assert (status, out) == (2, "")
+    assert err.startswith("train.py: --steps must be at least 1, got 0; --help")
 
 
 def test_documents():
