@@ -339,7 +339,7 @@ def test_interactive_at_a_terminal(models_dir):
     terminal, end = pty.openpty()
     words = ["gpt2.py", "ROMEO:", "--interactive", *options_for(models_dir, 100_000)]
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), end)
-    environment = os.environ | {"TERM": "dumb"}  # no escape sequences
+    environment = os.environ | {"TERM": "dumb", "PYTHONUNBUFFERED": ""}  # no escape sequences
     shown = b""
 
     def wait_for(text):
