@@ -123,16 +123,16 @@ def assert_figures(document, wanted, text):
     assert n_tokens == len(wanted["token_nats"]) == len(document["tokens"])
     assert nats == pytest.approx(sum(wanted["token_nats"]), abs=1e-4 * N_CTX)
     assert document["end_nats"] == pytest.approx(wanted["end_nats"], abs=1e-4)
-    perplexity, bits_per_byte = mean_figures(nats, n_tokens, len(text.encode()))
-    assert document["perplexity"] == pytest.approx(perplexity, rel=1e-6)
-    assert document["bits_per_byte"] == pytest.approx(bits_per_byte, rel=1e-6)
-
-
-def mean_figures(nats, n_tokens, n_bytes):
-    """The perplexity and the bits per byte."""
+    means = [document["perplexity"], document["bits_per_byte"]]
     if n_tokens == 0:
-        return [None, None]
-    return [math.exp(nats / n_tokens), nats / math.log(2) / n_bytes]
+        assert means == [None, None]
+    else:
+        assert means == approximate_means(nats, n_tokens, len(text.encode()))
+
+
+def approximate_means(nats, n_tokens, n_bytes):
+    """The perplexity and the bits per byte."""
+    return pytest.approx([math.exp(nats / n_tokens), nats / math.log(2) / n_bytes], rel=1e-6)
 
 
 def test_figures_of_texts_equal_a_computation_in_float64(score_rows, encoding):
@@ -250,14 +250,14 @@ def test_the_summary_counts_all_texts(run, tmp_path):
         status, (line,) = run(tmp_path / "texts.jsonl", "--output", output)
         first, _, last = read_lines(output.read_bytes())
         n_tokens = first["n_tokens"] + last["n_tokens"]
-        means = mean_figures(first["nats"] + last["nats"], n_tokens, 10)
+        means = approximate_means(first["nats"] + last["nats"], n_tokens, 10)
         numbers = r"perplexity: (\d+\.\d+), bits per byte: (\d+\.\d+)"
         summary = (
             f"score.py: texts: 3, tokens: {n_tokens}, {numbers}, errors: 1, the first in line 2"
         )
         found = re.fullmatch(summary, line).groups()
         assert status == 1
-        assert list(map(float, found)) == pytest.approx(means)
+        assert list(map(float, found)) == means
 
 
 # Errors
