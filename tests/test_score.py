@@ -496,19 +496,13 @@ def test_one_of_two_runs_with_the_same_output_works(models_dir, run, corpus, tmp
     assert output.read_bytes() == whole
 
 
-# The identity of the model
-
-
-def test_the_identity_depends_on_weights_and_vocabulary(models_dir, tmp_path):
-    for name in ("copy", "merges"):
-        shutil.copytree(models_dir / "small", tmp_path / name)
+def test_the_identity_of_a_model_depends_on_its_vocabulary(models_dir, tmp_path):
+    """The tests of another model and of workers show that it depends on weights, not on places."""
+    shutil.copytree(models_dir / "small", tmp_path / "merges")
     path = tmp_path / "merges" / "vocab.bpe"
     path.write_bytes(path.read_bytes().replace(b"i n\na n", b"a n\ni n"))
-    places = [("small", models_dir), ("copy", tmp_path), ("merges", tmp_path)]
-    places += [("other", models_dir), ("tiny", "models")]
-    first, copy, *others = [score.load(name, str(folder)).identity for name, folder in places]
-    assert first == copy
-    assert len({first, *others}) == 4
+    original = score.load("small", str(models_dir)).identity
+    assert score.load("merges", str(tmp_path)).identity != original
 
 
 # Dask

@@ -81,22 +81,28 @@ def test_other_exceptions_are_passed_on(error):
 
 
 def test_arguments():
-    def program(text: str, n: int = 3, *, rate: float = 0.5, name: str | None = None,
-                each: tuple[str, ...] = (), loud: bool = False):  # fmt: skip
+    def program(
+        text: str,
+        n: int = 3,
+        *,
+        rate: float = 0.5,
+        each: tuple[str, ...] = (),
+        loud: bool = False,
+    ):
         """Help."""
-        seen.append((text, n, rate, name, each, loud))
+        seen.append((text, n, rate, each, loud))
 
     seen = []
     lines = {
-        "a": ("a", 3, 0.5, None, (), False),
-        "--rate .25 a 4": ("a", 4, 0.25, None, (), False),
-        "5 --text=-a --loud": ("-a", 5, 0.5, None, (), True),
-        "a -n=-7 --name= --each=b --each -- --lo": None,
-        "a -n=-7 --name= --each=b --each c=d --lo": ("a", -7, 0.5, "", ("b", "c=d"), True),
-        "a --rate 1 --r=2": ("a", 3, 2.0, None, (), False),
+        "a": ("a", 3, 0.5, (), False),
+        "--rate .25 a 4": ("a", 4, 0.25, (), False),
+        "5 --text=-a --loud": ("-a", 5, 0.5, (), True),
+        "a --each=b --each -- --lo": None,
+        "-n=-7 --text= --each=b --each c=d --lo": ("", -7, 0.5, ("b", "c=d"), True),
+        "a --rate 1 --r=2": ("a", 3, 2.0, (), False),
         "": None,
         "a 1 2": None,
-        "a --loud=False": ("a", 3, 0.5, None, (), False),
+        "a --loud=False": ("a", 3, 0.5, (), False),
     }
     for line, expected in lines.items():
         assert terminal.run(program, line.split()) == (0 if expected else 2)
