@@ -53,7 +53,7 @@ WRONG = {
     "top_p": [0.0, 1.5, None],
     "seed": ["x", 2.5],
     "n_samples": [0, 2.5],
-    "stop_id": ["5", 1.5, math.nan, -1, N_VOCAB, 2**64, [N_VOCAB], {-1, 3}, ["a"]],
+    "stop_id": ["5", 1.5, -1, N_VOCAB, 2**64, {-1, 3}],
     "temprature": [1.0],
 }
 
@@ -72,9 +72,10 @@ def test_wrong_options(name):
 
 
 def test_numbers_of_numpys_types():
-    python = generate(PROMPT, 9, top_k=9, top_p=0.5, **DRAWN)
-    numpy = generate(PROMPT, np.int8(9), top_k=np.int8(9), top_p=np.float32(0.5), **DRAWN)
-    assert python == numpy
+    python = {"n_tokens_to_generate": 9, "top_k": 9, "top_p": 0.5}
+    nine = np.int8(9)
+    numpy = {"n_tokens_to_generate": nine, "top_k": nine, "top_p": np.float32(0.5)}
+    assert generate(**DRAWN | python) == generate(**DRAWN | numpy)
 
 
 @pytest.mark.parametrize("collection", [set, list, np.array])
@@ -124,10 +125,11 @@ def test_n_head_that_does_not_divide_n_embd(call, n_head):
 
 def test_the_smallest_model():
     """One token, one position, one number: the only token is certain."""
-    params = random_params({"n_vocab": 1, "n_ctx": 1, "n_embd": 1, "n_head": 1, "n_layer": 1})
+    params = random_params(dict.fromkeys(HPARAMS, 1))
     assert gpt2.gpt2([0], **params, n_head=1).shape == (1, 1)
-    assert gpt2.generate([0, 0], params, 1, 3, temperature=1, n_samples=2) == [[0, 0, 0]] * 2
-    assert gpt2.log_probs([0, 0, 0], params, 1).tolist() == [0, 0]
+    samples = gpt2.generate([0, 0], params, 1, 3, temperature=1, n_samples=2)
+    assert samples == [[0, 0, 0], [0, 0, 0]]
+    assert not gpt2.log_probs([0, 0, 0], params, 1).any()
 
 
 # Logits
@@ -143,7 +145,7 @@ class Extreme:
         return self.number
 
 
-RNGS = [*map(np.random.default_rng, range(5)), Extreme(0.0), Extreme(1 - 2**-53)]
+RNGS = [np.random.default_rng(0), Extreme(0.0), Extreme(1 - 2**-53)]
 TEMPERATURES = [5e-324, 1e-30, 1.0, 1e30, math.inf]
 
 
@@ -198,9 +200,9 @@ def test_shapes_of_logits(temperature):
     for accepted in (logits, logits[None]):
         drawn.add(gpt2.sample(accepted, np.random.default_rng(0), temperature, 2))
     assert len(drawn) == 1
-    for wrong in (np.stack([logits, logits]), logits[None, None], logits[0]):
-        with pytest.raises(ValueError, match=re.escape(f"got {wrong.shape}")):
-            gpt2.sample(wrong, RNGS[0], temperature)
+    for shape in ((2, 3), (1, 1, 3), ()):
+        with pytest.raises(ValueError, match=re.escape(f"got {shape}")):
+            gpt2.sample(np.zeros(shape), RNGS[0], temperature)
 
 
 # The cache
@@ -228,7 +230,7 @@ def test_a_cache_for_another_model_or_batch_is_refused(change, batch, shape):
     assert cache.n_past == 0
 
 
-LAST_BLOCK_WITHOUT_MLP = [*PARAMS["blocks"][:10], PARAMS["blocks"][10] | {"mlp": {}}]
+*BLOCKS, LAST_BLOCK = PARAMS["blocks"]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ LAST_BLOCK_WITHOUT_MLP = [*PARAMS["blocks"][:10], PARAMS["blocks"][10] | {"mlp":
     [
         ([N_VOCAB], {}),
         ([1] * 20, {}),
-        ([1, 2], {"blocks": LAST_BLOCK_WITHOUT_MLP}),
+        ([1, 2], {"blocks": [*BLOCKS, LAST_BLOCK | {"mlp": {}}]}),
     ],
     ids=["id", "too long", "block"],
 )

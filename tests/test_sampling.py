@@ -12,6 +12,7 @@ import gpt2
 PARAMS = random_params(REFERENCE_MODELS["three_heads"])
 N_HEAD = 3
 PROMPT = [5, 100, 7]
+WARM = {"temperature": 0.9, "top_k": 20, "top_p": 0.9}
 HOT = {"temperature": 1.5, "seed": 11}
 
 
@@ -26,9 +27,9 @@ def stream(n, **options):
 # The choice of one token
 
 
-@pytest.mark.parametrize(("i", "options"), list(enumerate(WARPS)))
-def test_token_probs_match_transformers(reference, i, options):
-    probs = gpt2.token_probs(reference["warped/logits"][i], *options)
+@pytest.mark.parametrize("i", range(len(WARPS)))
+def test_token_probs_match_transformers(reference, i):
+    probs = gpt2.token_probs(reference["warped/logits"][i], *WARPS[i])
     expected = reference["warped/probs"][i]
     assert probs.dtype == np.float32
     np.testing.assert_array_equal(probs > 0, expected > 0)
@@ -42,7 +43,8 @@ def standard_deviations(counts, probs):
     """
     expected = probs * counts.sum()
     frequent = expected >= 5
-    chi_squared = ((counts - expected) ** 2 / np.where(frequent, expected, np.inf)).sum()
+    deviations = (counts - expected)[frequent]
+    chi_squared = (deviations**2 / expected[frequent]).sum()
     freedom = frequent.sum() - 1
     variance = 2 / (9 * freedom)
     return ((chi_squared / freedom) ** (1 / 3) - (1 - variance)) / math.sqrt(variance)
@@ -51,9 +53,10 @@ def standard_deviations(counts, probs):
 @pytest.mark.parametrize("i", [1, 2, 6, 9, 13, 16])  # temperature, top_k, top_p, all of them
 def test_samples_have_the_exact_probabilities(reference, i):
     """Chi-squared test. A correct sampler fails it with one seed in a million."""
+    logits = reference["warped/logits"][i]
     exact = reference["warped/probs"][i]
     rng = np.random.default_rng(0)
-    drawn = [gpt2.sample(reference["warped/logits"][i], rng, *WARPS[i]) for _ in range(2000)]
+    drawn = [gpt2.sample(logits, rng, *WARPS[i]) for _ in range(2000)]
     counts = np.bincount(drawn, minlength=len(exact))
     assert not counts[exact == 0].any()
     assert standard_deviations(counts, exact) < 4.8
@@ -61,6 +64,7 @@ def test_samples_have_the_exact_probabilities(reference, i):
 
 LOGITS = np.array([1.0, 5.0, 5.0, -3.0, 0.0], np.float32)
 LOGITS.flags.writeable = False
+ALL = set(range(5))
 
 
 @pytest.mark.parametrize(
@@ -68,10 +72,10 @@ LOGITS.flags.writeable = False
     [
         ({"temperature": 0}, {1}),
         ({"temperature": 5e-324}, {1, 2}),
-        ({"temperature": math.inf}, {0, 1, 2, 3, 4}),
+        ({"temperature": math.inf}, ALL),
         ({"temperature": math.inf, "top_k": 2}, {1, 2}),
         ({"top_p": 5e-324}, {1, 2}),
-        ({"top_p": 1 - 1e-9, "temperature": 3}, {0, 1, 2, 3, 4}),
+        ({"top_p": 1 - 1e-9, "temperature": 3}, ALL),
     ],
 )
 def test_ties_and_extreme_options_keep_the_likeliest_tokens(options, possible):
@@ -121,12 +125,20 @@ def until(stop_id, ids):
 
 @pytest.mark.parametrize(
     ("n_ctx", "n_prompt"),
-    [(1, 1), (1, 9), (2, 3), (7, 6), (7, 7), (8, 8), (8, 30)],
+    [
+        (1, 1),
+        (1, 9),
+        (2, 3),
+        (7, 6),
+        (7, 7),
+        (8, 8),
+        (8, 30),
+    ],
 )
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("options", [{}, WARM], ids=str)
 def test_generation_beyond_the_context_follows_the_documented_rule(n_ctx, n_prompt, options):
-    sizes = {"n_vocab": 50, "n_ctx": n_ctx, "n_embd": 12, "n_head": 3, "n_layer": 2}
-    params = random_params(sizes, seed=n_ctx)
+    hparams = REFERENCE_MODELS["three_heads"] | {"n_vocab": 50, "n_ctx": n_ctx}
+    params = random_params(hparams, seed=n_ctx)
     prompt = np.random.default_rng(n_prompt).integers(0, 50, n_prompt).tolist()
     before = list(prompt)
     options = {"seed": 4, **options}
@@ -189,7 +201,9 @@ def test_memory_does_not_grow_beyond_the_context(calls):
     """Every call of the model gets at most n_ctx tokens, and the cache never has more places."""
     params = random_params(REFERENCE_MODELS["one_layer"])  # n_ctx is 16
     gpt2.generate(list(range(40)), params, 1, 20)
-    assert calls == [(n_seq, 16) for n_seq in [16, *[8, *[1] * 8] * 2, 8]]
+    assert {n_max for _, n_max in calls} == {16}
+    half = [8] + [1] * 8  # half of the context again, then single tokens
+    assert [n_seq for n_seq, _ in calls] == [16, *half, *half, 8]
 
 
 def test_the_model_does_only_the_work_that_is_asked_for(calls):
