@@ -20,8 +20,6 @@ import pytest
 from helpers import (
     FILES,
     ROOT,
-    float64_gpt2,
-    map_arrays,
     python,
     tiktoken_encoding,
 )
@@ -30,6 +28,7 @@ from hypothesis import strategies as st
 from server import Server
 
 import gpt2
+import gpt2_pico
 import terminal
 import utils
 
@@ -83,22 +82,16 @@ def options(models_dir):
 
 @pytest.fixture(scope="module")
 def oracle(models_dir, tiny):
-    """A function that continues a prompt with tiktoken, the model in float64, and argmax."""
+    """A function that continues a prompt with tiktoken and gpt2_pico.py."""
     encoding = tiktoken_encoding(models_dir, "tiny")
     _, hparams, params = tiny
-    params = map_arrays(np.float64, params)
 
     @functools.cache
     def continue_text(prompt, special=False):
         allowed = "all" if special else set()
         ids = encoding.encode(prompt, allowed_special=allowed, disallowed_special=()) or [END]
-        new_ids = []
-        while len(new_ids) < N:
-            new_id = int(np.argmax(float64_gpt2(ids + new_ids, params, hparams["n_head"])[-1]))
-            if new_id == END:
-                break
-            new_ids.append(new_id)
-        return encoding.decode(new_ids) + "\n"
+        new_ids = gpt2_pico.generate(ids, params, hparams["n_head"], N)
+        return encoding.decode(new_ids).partition("<|endoftext|>")[0] + "\n"
 
     return continue_text
 
@@ -194,7 +187,6 @@ PICOGPTS = [
     "the --n-tokens-to-generate 6 --model-size tiny --models-dir DIR",
     "-p=the 6 tiny DIR",
     "--models_dir=DIR the --model_size=tiny 6",
-    "--prompt the 6 tiny DIR",
     "the 6 --seed=1 tiny --temperature=0 DIR --seed 2",
     "-p=the --temp 0 --model_s tiny --models-d DIR --n-t 6",
 ]
