@@ -320,6 +320,8 @@ def test_interactive_from_a_pipe_prints_only_the_answers(options, oracle):
     answers = oracle("in") + oracle("the") + oracle("and") + oracle("thé")
     assert run("in", "-i", *options, stdin=lines) == Result(0, answers, "")
     assert run("--interactive", "-", *options, stdin=b"the\nand\n").out == oracle("the\nand")
+    lines = "a \ufffd b\n".encode()  # a character that stands for damage elsewhere is no damage
+    assert run("--interactive", *options, stdin=lines) == Result(0, oracle("a \ufffd b"), "")
     result = run("--interactive", *options, stdin=b"the\na\xffb\nand\n")
     assert (result.status, result.out) == (1, oracle("the"))
     assert re.fullmatch(r"gpt2\.py: the prompt is not UTF-8[^\n]*\n", result.err)

@@ -185,8 +185,15 @@ def test_the_callers_errstate_holds_in_all_threads(params):
     assert kinds == ["overflow"] * len(overflow.settings)
 
 
-def divide_by_zero():
-    raise ZeroDivisionError
+class FalsyError(Exception):
+    """An error that is no error to a careless `if error:`."""
+
+    def __bool__(self):
+        return False
+
+
+def fail_falsely():
+    raise FalsyError
 
 
 def press_ctrl_c():
@@ -195,7 +202,7 @@ def press_ctrl_c():
 
 @pytest.mark.parametrize("is_caller", [False, True])
 @pytest.mark.parametrize(
-    ("fail", "error"), [(divide_by_zero, ZeroDivisionError), (press_ctrl_c, KeyboardInterrupt)]
+    ("fail", "error"), [(fail_falsely, FalsyError), (press_ctrl_c, KeyboardInterrupt)]
 )
 def test_an_error_in_any_thread_ends_the_call(params, exact, fail, error, is_caller):
     """The first call of the activation in the caller's thread fails, or that in another one."""
