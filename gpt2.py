@@ -25,18 +25,18 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # OpenBLAS reads this when it is loaded. Its idle threads sleep sooner.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "8")
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for PYTHONSAFEPATH
 
 import numpy as np
 
 from fast import for_blocks, in_blocks, matmul, own_threads
 
-Array = np.ndarray
 ROWS = 128  # of attention and logits per block: enough for fast products, few enough to skip keys
 
 
@@ -340,9 +340,7 @@ def sample(logits, rng, temperature=1.0, *others, **options):
 # Generation
 
 
-def generate(
-    inputs: Sequence[int], params, n_head: int, n_tokens_to_generate: int, **options
-) -> list:
+def generate(inputs, params, n_head, n_tokens_to_generate, **options):
     """Continue the token ids `inputs` -> list of the new ids. `inputs` is not modified.
 
     options: those of `stream`. With n_samples, the result is a list of lists. Shows a progress bar
@@ -358,9 +356,7 @@ def generate(
     return [[row[i] for row in rows if row[i] is not None] for i in range(n_samples)]
 
 
-def stream(
-    inputs: Sequence[int], params, n_head: int, n_tokens_to_generate: int, stop_id=(), **options
-) -> Iterator:
+def stream(inputs, params, n_head, n_tokens_to_generate, stop_id=(), **options):
     """Continue token ids -> iterator over the new ids, as they are chosen.
 
     stop_id: a token id that ends a continuation and is not part of it, or several such ids.
@@ -417,7 +413,7 @@ def steps(prompt, params, n_head, options, stop_ids):
 # Scoring
 
 
-def log_probs(ids: Sequence[int], params: dict, n_head: int) -> Array:
+def log_probs(ids, params, n_head):
     """The natural log-probability of each token id but the first, given those before it.
 
     Returns float32 [len(ids) - 1]. The perplexity is exp(-mean). A text of more than n_ctx + 1 ids
@@ -455,8 +451,8 @@ def windows(ids, n_ctx, n_context=1):
 class Scores(NamedTuple):
     """How well the model predicted each target."""
 
-    log_probs: Array  # float32, natural logarithms
-    is_likeliest: Array  # bool: whether no token is more likely
+    log_probs: np.ndarray  # float32, natural logarithms
+    is_likeliest: np.ndarray  # bool: whether no token is more likely
 
 
 def score(states, targets, wte):
@@ -487,8 +483,8 @@ def score_block(states, targets, wte):
 # From text to text
 
 
-def token_log_probs(text: str, model: tuple, context: str = "") -> list[tuple[str, float]]:
-    """The tokens of a text with their natural log-probabilities, after a context.
+def token_log_probs(text, model, context=""):
+    """Return [(token, its natural log-probability), ...] of a text, after a context.
 
     Without a context, the first token is predicted from the token that starts a text. Raises
     ValueError if a token is part of both texts, as " king" is of "The kin" and "g".
@@ -633,10 +629,14 @@ def command(
         names = ", ".join(sorted(unused))
         note(f"gpt2.py: warning: at temperature 0, the text does not depend on {names}")
     options["stop"] = [each.replace("\\n", "\n") for each in stop]
-    options["allowed_special"] = "all" if special_tokens else ()
+    allowed = "all" if special_tokens else ()
+    options["allowed_special"] = allowed
     model = load_encoder_hparams_and_params(model_size, models_dir)
 
     def answer(text):
+        n_left_out = len(model[0].encode(text, allowed)) - model[1]["n_ctx"]
+        if n_left_out > 0:
+            note(f"gpt2.py: warning: the first {n_left_out} tokens of the prompt do not fit")
         yield from printed(text, model, n_tokens_to_generate, **options)
         yield "\n"
 

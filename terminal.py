@@ -172,9 +172,13 @@ def answer_lines(answer, text):
     if sys.stdin.isatty():
         note("Each line is a prompt of its own. Ctrl-C stops an answer, Ctrl-D exits.")
         sign = "> "
+        with contextlib.suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401  gives input() line editing and a history
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     while True:
         try:
+            if text in ("quit", "exit"):
+                note("This is a prompt like others. Ctrl-D exits.")
             if text:
                 show(answer(text))
             text = decoded(os.fsencode(input(sign)), "the prompt")
@@ -183,7 +187,7 @@ def answer_lines(answer, text):
         except (KeyboardInterrupt, ValueError) as error:
             if not sign:
                 raise
-            note(str(error))
+            note(str(error) or "Ctrl-D exits.")
             text = None
 
 

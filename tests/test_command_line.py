@@ -306,6 +306,13 @@ def test_from_a_server_to_the_text(models_dir, tmp_path, monkeypatch, oracle):
         assert len(server.requests) == len(FILES)
 
 
+def test_a_prompt_that_is_cut_gives_a_warning(options, oracle):
+    result = run("the " * 300, *options)
+    assert result.status == 0
+    assert re.fullmatch(r"gpt2\.py: warning: the first \d+ tokens [^\n]*\n", result.err)
+    assert run("--interactive", *options, stdin=b"quit\n").err.count("Ctrl-D exits") == 1
+
+
 def test_the_model_on_one_screen():
     """gpt2_pico.py prints what gpt2.py prints."""
     result = run_process("ROMEO:", "--model_size", "tiny", program="gpt2_pico.py")
