@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -64,55 +65,43 @@ END = "<!-- end -->"
 
 
 class NpGPT:
-    off = ()  # which of STEPS are turned off
-
     def load(self, model_dir, threads, n_ctx):
-        import encoder
         import fast
         import gpt2
         import utils
 
-        self.gpt2 = gpt2
+        self.log_probs = gpt2.log_probs
+        self.ids_after = gpt2.stream
         if "blocks" in self.off:
             fast.BLOCK = HUGE
             gpt2.QUERIES = HUGE
         if "threads" in self.off:
             fast.PROMPT_ROWS = HUGE
-        self.encode = encoder.get_encoder(model_dir.name, str(model_dir.parent)).encode
-        hparams = json.loads((model_dir / "hparams.json").read_text())
-        prefix = str(model_dir / "model.ckpt")
+        encoder, hparams, self.params = load(model_dir)
         if "mapping" in self.off:
-            self.params = utils.nest(utils.read_with_tensorflow(prefix, hparams, {}), hparams)
-        else:
-            self.params = utils.load_gpt2_params_from_tf_ckpt(prefix, hparams)
+            variables = utils.read_with_tensorflow(str(model_dir / "model.ckpt"), hparams, {})
+            self.params = utils.nest(variables, hparams)
+        self.encode = encoder.encode
         self.n_head = hparams["n_head"]
 
     def stream(self, ids, n):
-        return self.gpt2.stream(ids, self.params, self.n_head, n)
+        return self.ids_after(ids, self.params, self.n_head, n)
 
     def score(self, ids):
-        self.gpt2.log_probs(ids, self.params, self.n_head)
+        self.log_probs(ids, self.params, self.n_head)
 
 
 class WithoutCache(NpGPT):
-    """gpt2.py's model, which computes everything again for each token."""
-
     def stream(self, ids, n):
-        ids = list(ids)
-        for _ in range(n):
-            logits = self.model()(ids, **self.params, n_head=self.n_head)
-            ids.append(int(np.argmax(logits[-1])))
-            yield ids[-1]
-
-    def model(self):
-        return self.gpt2.gpt2
-
-
-class PicoGPT(WithoutCache):
-    def model(self):
+        import gpt2
         import gpt2_pico
 
-        return gpt2_pico.gpt2
+        model = gpt2_pico.gpt2 if "float32" in self.off else gpt2.gpt2
+        ids = list(ids)
+        for _ in range(n):
+            logits = model(ids, **self.params, n_head=self.n_head)
+            ids.append(int(np.argmax(logits[-1])))
+            yield ids[-1]
 
 
 class CTranslate2:
@@ -224,7 +213,7 @@ PROGRAMS = {
     "llama.cpp": Program(LlamaCpp, ("llama-cpp-python", "gguf")),
     "transformers": Program(Transformers, ("torch", "transformers")),
     "tiktoken": Program(Tiktoken, ("tiktoken",)),
-    PICO: Program(PicoGPT, off=tuple(STEPS), script=PICO),
+    PICO: Program(WithoutCache, off=tuple(STEPS), script=PICO),
     "float32": Program(WithoutCache, off=("mapping", "blocks", "threads")),
     "cache": Program(NpGPT, off=("mapping", "blocks", "threads")),
     "mapping": Program(NpGPT, off=("blocks", "threads")),
@@ -233,7 +222,7 @@ PROGRAMS = {
 }
 
 
-# What is measured, in the process of a program: seconds, MB, or MB/s
+# What is measured, in the process of a program. All but likeliest return seconds, MB, or MB/s.
 
 
 def some_ids(n):
@@ -244,26 +233,28 @@ def likeliest(engine, n_ids):
     return list(engine.stream(some_ids(n_ids), N_LIKELIEST))
 
 
-def prompt(engine, n_ids):
+def seconds(function, *arguments):
     start = time.perf_counter()
-    next(iter(engine.stream(some_ids(n_ids), 1)))
+    function(*arguments)
     return time.perf_counter() - start
 
 
+def prompt(engine, n_ids):
+    return seconds(next, engine.stream(some_ids(n_ids), 1))
+
+
 def token(engine, n_ids):
-    """The median time of a token after n_ids others."""
+    """The mean time of a token after n_ids others."""
     times = []
     for _ in engine.stream(some_ids(n_ids), N_TIMED + 1):
         times.append(time.perf_counter())
         if len(times) > 1 and times[-1] - times[0] > LONGEST:
             break
-    return float(np.median(np.diff(times)))
+    return (times[-1] - times[0]) / (len(times) - 1)
 
 
 def scoring(engine, n_ids):
-    start = time.perf_counter()
-    engine.score(some_ids(n_ids))
-    return time.perf_counter() - start
+    return seconds(engine.score, some_ids(n_ids))
 
 
 def memory_of_scoring(engine, n_ids):
@@ -284,16 +275,12 @@ def first_loading(engine, _):
 
 
 def second_loading(engine, _):
-    start = time.perf_counter()
-    engine.load(*engine.options)
-    return time.perf_counter() - start
+    return seconds(engine.load, *engine.options)
 
 
 def first_encoding(engine, text_of):
     text = text_of()
-    start = time.perf_counter()
-    engine.encode(text)
-    return len(text.encode()) / 1e6 / (time.perf_counter() - start)
+    return len(text.encode()) / 1e6 / seconds(engine.encode, text)
 
 
 def second_encoding(engine, text_of):
@@ -308,13 +295,18 @@ def python_modules():
     return "".join(texts)[:1_000_000]
 
 
+class Usage(NamedTuple):
+    seconds: float
+    megabytes: float
+
+
 class Row(NamedTuple):
     """One line of a table. The programs that take part compute function(engine, argument)."""
 
     what: str
     unit: str
     programs: tuple
-    function: Callable
+    function: Callable | None = None
     argument: Any = None
 
 
@@ -332,7 +324,7 @@ TIMES = (
     Row("scoring 1000 tokens", "ms", SCORERS, scoring, 1000),
 )
 STARTS = (
-    Row("importing and loading", "ms", (OURS, *PEERS), first_loading),
+    Row("importing and loading", "ms", (OURS, *PEERS, *LADDER), first_loading),
     Row("loading again", "ms", (OURS, *PEERS), second_loading),
     Row("peak memory of scoring 1000 tokens", "MB", SCORERS, memory_of_scoring, 1000),
     Row("encoding prose, first time", "MB/s", ENCODERS, first_encoding, held_out_text),
@@ -340,41 +332,45 @@ STARTS = (
     Row("encoding code, first time", "MB/s", ENCODERS, first_encoding, python_modules),
     Row("encoding code again", "MB/s", ENCODERS, second_encoding, python_modules),
 )
+WHOLE = (
+    Row(f"the whole command, {N_TOKENS} tokens", "s", MODELS, argument="seconds"),
+    Row("its peak memory", "MB", MODELS, argument="megabytes"),
+)
+LINES = Row("source code of the step", "lines", LADDER)
 IDLE = "The library, idle"
 BUSY = "The library, beside 2 busy processes that started after it"
-IN_PLOT = [(title, row.what) for title in (IDLE, BUSY) for row in TIMES]
 
 
 # Processes
 
 
 def start(name, *options):
-    """Begin the process of a program: load the model."""
+    """Load the model with a program -> its engine."""
+    started = PROGRAMS[name].engine()
+    started.off = PROGRAMS[name].off
+    started.options = options
+    started.loading = seconds(started.load, *options)
+    return started
+
+
+def serve(*arguments):
+    """Begin the process of a program."""
     global engine
-    begin = time.perf_counter()
-    engine = PROGRAMS[name].engine()
-    engine.off = PROGRAMS[name].off
-    engine.options = options
-    engine.load(*options)
-    engine.loading = time.perf_counter() - begin
+    engine = start(*arguments)
 
 
-def answer(function, argument):
-    return function(engine, argument)
+def answer(row):
+    return row.function(engine, row.argument)
 
 
 def complete(name, model_dir, threads):
     """A whole command of another program: load the model, continue the prompt, print the text."""
-    start(name, Path(model_dir), threads, len(PROMPT) + N_TOKENS)
-    ids = list(engine.stream(engine.encode(PROMPT), N_TOKENS))
-    print(engine.decode(ids))
+    peer = start(name, Path(model_dir), threads, len(PROMPT) + N_TOKENS)
+    ids = list(peer.stream(peer.encode(PROMPT), N_TOKENS))
+    print(peer.decode(ids))
 
 
-def new_process(*initializer):
-    spawn = multiprocessing.get_context("spawn")
-    function = initializer[0] if initializer else None
-    return ProcessPoolExecutor(1, spawn, function, initializer[1:])
-
+SPAWN = multiprocessing.get_context("spawn")
 
 # A process that only computes, as long as its parent lives
 SPIN = """
@@ -477,41 +473,34 @@ class Bench:
         self.n_busy = busy
         self.tables = defaultdict(lambda: defaultdict(dict))  # {title: {what: {program: figure}}}
 
-    def process(self, name):
-        """Start the process of a program -> an executor, which has loaded the model."""
-        executor = new_process(start, name, self.model_dir, self.threads, GPT2["n_ctx"])
-        with mock.patch.dict(os.environ, PROGRAMS[name].environment):
-            executor.submit(time.sleep, 0).result()
-        return executor
-
     @contextlib.contextmanager
     def processes(self, names):
-        """Start the processes of all programs -> a function ask(name, row)."""
+        """Start the processes of these programs -> a function ask(name, row)."""
         with contextlib.ExitStack() as stack:
-            found = {n: stack.enter_context(self.process(n)) for n in names if is_installed(n)}
-
-            def ask(name, row):
-                return found[name].submit(answer, row.function, row.argument).result()
-
-            for name in found:
-                ask(name, LIKELIEST)  # warms it up
-            yield ask
+            found = {}
+            for name in filter(is_installed, names):
+                arguments = (name, self.model_dir, self.threads, GPT2["n_ctx"])
+                executor = ProcessPoolExecutor(1, SPAWN, serve, arguments)
+                found[name] = stack.enter_context(executor)
+                with mock.patch.dict(os.environ, PROGRAMS[name].environment):
+                    executor.submit(time.sleep, 0).result()
+            yield lambda name, row: found[name].submit(answer, row).result()
 
     def ask_new(self, name, row):
         """Ask a new process of the program."""
-        with self.process(name) as executor:
-            return executor.submit(answer, row.function, row.argument).result()
+        with self.processes([name]) as ask:
+            return ask(name, row)
 
     def in_turns(self, title, rows, names, ask):
         """Measure each row, with the programs in turns. ask(name, row) returns a value."""
         for row in rows:
             values = {name: [] for name in names if name in row.programs and is_installed(name)}
-            for _ in range(self.rounds):
+            for _ in range(self.rounds + 1):
                 for name in values:
                     time.sleep(PAUSE)
                     values[name].append(ask(name, row))
             for name in values:
-                self.add(title, row, name, values[name])
+                self.add(title, row, name, values[name][1:])  # without the first time
 
     def add(self, title, row, name, values):
         factor = 1000 if row.unit == "ms" else 1
@@ -546,6 +535,8 @@ class Bench:
                 if order == "before":
                     stack.enter_context(busy_processes(n))
                 ask = stack.enter_context(self.processes(names))
+                for name in filter(is_installed, names):
+                    ask(name, LIKELIEST)  # starts the threads
                 if order == "after":
                     stack.enter_context(busy_processes(n))
                 self.in_turns(title, TIMES, names, ask)
@@ -555,46 +546,36 @@ class Bench:
         self.in_turns("The library, in a new process", STARTS, names, self.ask_new)
 
     def commands(self):
-        names = (AS_COMMAND, *PEERS, PICO)
-        memory = {name: [] for name in names}
-
         def ask(name, row):
-            seconds, peak = self.run_command(name)
-            memory[name].append(peak)
-            return seconds
+            return getattr(self.run_command(name), row.argument)
 
         title = "The command, and scripts that do the same"
-        row = Row(f"the whole command, {N_TOKENS} tokens", "s", names, complete)
-        self.in_turns(title, [row], names, ask)
-        row = Row("peak memory of the command", "MB", names, complete)
-        for name in filter(is_installed, names):
-            self.add(title, row, name, memory[name])
+        self.in_turns(title, WHOLE, (AS_COMMAND, *PEERS, PICO), ask)
 
     def run_command(self, name):
-        """Run a whole command, from the start of its process to its end -> (seconds, MB)."""
+        """Run a whole command, from the start of its process to its end."""
         folder = self.model_dir
         words = [PROMPT, str(N_TOKENS), folder.name, str(folder.parent)]
         command = [sys.executable, str(ROOT / PROGRAMS[name].script), *words]
         if not PROGRAMS[name].script:
             call = f"benchmark.complete({name!r}, {str(folder)!r}, {self.threads})"
             command = [sys.executable, "-c", f"import benchmark; {call}"]
-        begin = time.perf_counter()
+        start = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             _, status, usage = os.wait4(process.pid, 0)
-            seconds = time.perf_counter() - begin
+            duration = time.perf_counter() - start
             process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             raise ValueError(f"the command of {name} failed: {command}")
-        return seconds, megabytes(usage)
+        return Usage(duration, megabytes(usage))
 
     def steps(self):
         title = "From 70 lines to fast"
-        lines = Row("lines of the step", "lines", LADDER, n_lines)
         for name in LADDER:
-            self.add(title, lines, name, [n_lines(name)])
+            self.add(title, LINES, name, [n_lines(name)])
         self.in_turns(title, STARTS[:1], LADDER, self.ask_new)
         with self.processes(LADDER) as ask:
-            self.in_turns(title, TIMES[:4], LADDER, ask)
+            self.in_turns(title, TIMES, LADDER, ask)
 
 
 def n_lines(step):
@@ -631,41 +612,47 @@ def markdown(title, table):
 
 
 def machine(threads):
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    packages = sorted({"numpy", *itertools.chain(*(each.packages for each in PROGRAMS.values()))})
+    """Where and with which versions the programs were measured."""
+    info = Path("/proc/cpuinfo").read_text()
+    packages = {"numpy"}.union(*(program.packages for program in PROGRAMS.values()))
     return {
-        "processor": f"{names[0]}, {len(names)} cores",
+        "processor": re.findall("model name.*: (.*)", info),
         "threads": threads,
         "python": platform.python_version(),
-        **{package: version(package) for package in packages},
+        "packages": {package: version(package) for package in sorted(packages)},
     }
 
 
 def plot(tables, path):
-    """Draw the rows of IN_PLOT: one bar for each program."""
+    """Draw the times, idle and beside busy processes: one bar for each program."""
     from matplotlib import pyplot
 
-    pictures, axes = pyplot.subplots(len(IN_PLOT), figsize=(8, 11), layout="constrained")
-    for ax, (title, what) in zip(axes, IN_PLOT, strict=True):
-        figures = tables[title].get(what, {})
-        bars = ax.barh(list(figures), [each["median"] for each in figures.values()])
-        ax.bar_label(bars, fmt="{:.0f}")
-        ax.set_title(f"{title}: {what} (ms, shorter is better)")
-        ax.invert_yaxis()
-        ax.set_xticks([])
-    pictures.savefig(path)
+    titles = [title for title in (IDLE, BUSY) if title in tables]
+    panels = list(itertools.product(TIMES, titles))
+    picture = pyplot.figure(figsize=(14, 9), layout="constrained")
+    for i, (row, title) in enumerate(panels, 1):
+        axes = picture.add_subplot(len(TIMES), len(titles), i)
+        figures = tables[title][row.what]
+        names = [name for name in figures if name != PICO]
+        bars = axes.barh(names, [figures[name]["median"] for name in names])
+        axes.bar_label(bars, fmt="{:,.0f}", padding=2)
+        axes.set_title(f"{title}: {row.what} (ms, shorter is better)", fontsize=10)
+        axes.invert_yaxis()
+        axes.margins(x=0.1)
+        axes.set_xticks([])
+    picture.savefig(path)
 
 
 def write(folder, bench, text):
     """Store the figures, the picture and the tables."""
     content = machine(bench.threads) | {"tables": bench.tables}
     (folder / "benchmark.json").write_text(json.dumps(content, indent=1) + "\n")
-    plot(bench.tables, folder / "benchmark.png")
     page = folder / "BENCHMARK.md"
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
     after = rest.partition(END)[2]
     page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    if version("matplotlib"):
+        plot(bench.tables, folder / "benchmark.png")
 
 
 def main(
@@ -683,7 +670,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         model_dir = Path(models or folder).resolve() / ("quick" if quick else "124M")
         if not model_dir.exists():
-            with new_process() as executor:
+            with ProcessPoolExecutor(1, SPAWN) as executor:
                 executor.submit(prepare, model_dir, QUICK if quick else GPT2).result()
         bench = Bench(model_dir, rounds, threads, (1,) if quick else (2, 6))
         for part in only:
