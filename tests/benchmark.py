@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -214,12 +215,9 @@ PROGRAMS = {
     "transformers": Program(Transformers, ("torch", "transformers")),
     "tiktoken": Program(Tiktoken, ("tiktoken",)),
     PICO: Program(WithoutCache, off=tuple(STEPS), script=PICO),
-    "float32": Program(WithoutCache, off=("mapping", "blocks", "threads")),
-    "cache": Program(NpGPT, off=("mapping", "blocks", "threads")),
-    "mapping": Program(NpGPT, off=("blocks", "threads")),
-    "blocks": Program(NpGPT, off=("threads",)),
-    "threads": Program(NpGPT),
 }
+for n_on, step in enumerate(STEPS, 1):
+    PROGRAMS[step] = Program(NpGPT if n_on > 1 else WithoutCache, off=tuple(STEPS)[n_on:])
 
 
 # What is measured, in the process of a program. All but likeliest return seconds, MB, or MB/s.
@@ -409,9 +407,12 @@ def version(package):
 def prepare(model_dir, hparams):
     """Make a random model in OpenAI's layout, and convert it for the programs that are there."""
     merges = SMALL_MERGES if hparams == QUICK else gpt2_merges()
-    write_model(model_dir, hparams, merges=merges)
-    load(model_dir)  # the first load verifies it
     variables = random_variables(hparams)
+    for name in variables:
+        if name.endswith("/w"):
+            variables[name] *= np.float32(0.2)  # larger ones amplify rounding in 12 layers
+    write_model(model_dir, hparams, merges=merges, extra=variables)
+    load(model_dir)  # the first load verifies it
     if is_installed("transformers"):
         convert_for_transformers(model_dir, hparams, variables)
     if is_installed("CTranslate2"):
@@ -471,7 +472,7 @@ class Bench:
         self.rounds = rounds
         self.threads = threads
         self.n_busy = busy
-        self.tables = defaultdict(lambda: defaultdict(dict))  # {title: {what: {program: figure}}}
+        self.tables = defaultdict(lambda: defaultdict(dict))  # {title: {what: {program: values}}}
 
     @contextlib.contextmanager
     def processes(self, names):
@@ -504,15 +505,9 @@ class Bench:
 
     def add(self, title, row, name, values):
         factor = 1000 if row.unit == "ms" else 1
-        figure = {
-            "unit": row.unit,
-            "median": factor * statistics.median(values),
-            "min": factor * min(values),
-            "max": factor * max(values),
-            "n": len(values),
-        }
-        self.tables[title][row.what][name] = figure
-        print(f"{title}: {row.what}, {name}: {cell(figure)} {row.unit}", file=sys.stderr)
+        values = [factor * value for value in values]
+        self.tables[title][f"{row.what}, {row.unit}"][name] = values
+        print(f"{title}: {row.what}, {name}: {cell(values)} {row.unit}", file=sys.stderr)
 
     # The parts
 
@@ -593,21 +588,21 @@ def n_lines(step):
 # The report
 
 
-def cell(figure):
+def cell(values):
     """The median with minimum and maximum."""
     median, least, most = (
-        f"{float(f'{figure[key]:.3g}'):,.10g}" for key in ("median", "min", "max")
+        f"{float(f'{value:.3g}'):,.10g}"
+        for value in (statistics.median(values), min(values), max(values))
     )
     return median if least == most else f"{median} ({least} to {most})"
 
 
 def markdown(title, table):
-    programs = [name for name in PROGRAMS if any(name in figures for figures in table.values())]
+    programs = [name for name in PROGRAMS if any(name in row for row in table.values())]
     lines = [f"| {title} | {' | '.join(programs)} |", "|---" * (len(programs) + 1) + "|"]
-    for what, figures in table.items():
-        cells = [cell(figures[name]) if name in figures else "" for name in programs]
-        unit = next(iter(figures.values()))["unit"]
-        lines.append(f"| {what}, {unit} | {' | '.join(cells)} |")
+    for what, row in table.items():
+        cells = [cell(row[name]) if name in row else "" for name in programs]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -631,10 +626,10 @@ def plot(tables, path):
     panels = list(itertools.product(TIMES, titles))
     picture = pyplot.figure(figsize=(14, 9), layout="constrained")
     for i, (row, title) in enumerate(panels, 1):
+        values = tables[title][f"{row.what}, {row.unit}"]
+        names = [name for name in values if name != PICO]
         axes = picture.add_subplot(len(TIMES), len(titles), i)
-        figures = tables[title][row.what]
-        names = [name for name in figures if name != PICO]
-        bars = axes.barh(names, [figures[name]["median"] for name in names])
+        bars = axes.barh(names, [statistics.median(values[name]) for name in names])
         axes.bar_label(bars, fmt="{:,.0f}", padding=2)
         axes.set_title(f"{title}: {row.what} (ms, shorter is better)", fontsize=10)
         axes.invert_yaxis()
@@ -685,5 +680,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     from terminal import run
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the other processes, too
     main.__doc__ = __doc__
     sys.exit(run(main, sys.argv[1:]))
