@@ -259,8 +259,10 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[E
     if tf_ckpt_path is None and os.path.isfile(os.path.join(model_dir, "config.json")):
         return load_hugging_face(model_dir)
     # A fine-tuned model, such as model-1000, may lie in a folder with a published name.
-    if model_size in MODEL_SIZES and (tf_ckpt_path or "/model.ckpt").endswith("/model.ckpt"):
-        if model_size != "124M" and not os.path.isdir(model_dir):
+    checkpoint = os.path.basename(tf_ckpt_path or "model.ckpt")
+    if model_size in MODEL_SIZES and checkpoint == "model.ckpt":
+        data = os.path.join(model_dir, checkpoint + DATA_SUFFIX)
+        if model_size != "124M" and not os.path.isfile(data):
             import_tensorflow(f"the download of {model_size}")
         download_gpt2_files(model_size, model_dir)
         tf_ckpt_path = find_checkpoint(model_dir)

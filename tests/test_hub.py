@@ -51,7 +51,7 @@ class Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_):
-        pass
+        """Print nothing."""
 
     def do_GET(self):
         pattern = r"/(?:api/models/)?((\w+)/[\w.-]+)/(\w+)/\w+(?:/([^?]*))?(?:\?.*)?"

@@ -230,12 +230,18 @@ def test_tiny_is_found_from_everywhere(tmp_path, small_model):
     assert load(copy_model(small_model, elsewhere / "tiny"))[1] == SMALL_HPARAMS
 
 
-def test_a_size_that_cannot_be_verified_is_not_downloaded(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kept", [[], ["checkpoint", "hparams.json"]])
+def test_a_size_that_cannot_be_verified_is_not_downloaded(tmp_path, monkeypatch, model_dir, kept):
+    """Also if an earlier download left some of the files."""
+    for name in kept:
+        (tmp_path / "355M").mkdir(exist_ok=True)
+        shutil.copy(model_dir / name, tmp_path / "355M")
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     monkeypatch.setenv("GPT2_BASE_URL", "http://127.0.0.1:9")  # nobody answers there
     with pytest.raises(ImportError, match="^.*verify .* 355M.*openai-community/gpt2-.*$"):
         load(tmp_path / "355M")
-    assert not (tmp_path / "355M").exists()
+    assert sorted(path.name for path in tmp_path.glob("355M/*")) == kept
+    assert (tmp_path / "355M").exists() == bool(kept)
 
 
 def test_two_models_in_one_folder(model_dir):
