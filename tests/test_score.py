@@ -513,26 +513,37 @@ CURRENT_DIR = "/proc/self/cwd"  # as the models_dir, so that each process may ha
 
 
 class Cluster:
-    """A scheduler in this process, and workers in others."""
+    """A scheduler and workers that belong to the test."""
 
     def __init__(self, folder, processes):
-        from distributed import LocalCluster
-
-        scheduler = LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address="127.0.0.1:0")
-        self.scheduler = processes.enter_context(scheduler)
         self.processes = processes
+        self.file = folder / "scheduler.json"
         self.output = folder / "scores.jsonl"
 
-    def worker(self, cwd, n_threads=1):
-        command = [sys.executable, "-m", "distributed.cli.dask_worker", "--no-dashboard"]
-        command += ["--no-nanny", "--nthreads", n_threads, self.scheduler.scheduler_address]
-        process = started(command, cwd=cwd, stderr=subprocess.DEVNULL)
-        return self.processes.enter_context(process)
+    def start(self, program, *words, cwd="."):
+        command = [sys.executable, "-m", f"distributed.cli.dask_{program}", "--no-dashboard"]
+        command += ["--scheduler-file", self.file, *words]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return self.processes.enter_context(started(command, cwd=cwd, **quiet))
+
+    def scheduler(self):
+        self.file.unlink(missing_ok=True)
+        process = self.start("scheduler", "--host", "127.0.0.1", "--port", "0")
+        wait_for(self.address)
+        return process
+
+    def address(self):
+        """The address of the scheduler, or None before its file is there and whole."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self.file.read_text())["address"]
+
+    def worker(self, cwd, n_threads="1"):
+        return self.start("worker", "--no-nanny", "--nthreads", n_threads, cwd=cwd)
 
     def score(self, path, models_dir):
         """Start score.py with the workers. - as the path means a pipe."""
-        words = ["--output", self.output, "--scheduler", self.scheduler.scheduler_address]
-        return start(CURRENT_DIR, path, *words, cwd=models_dir)
+        words = [path, "--output", self.output, "--scheduler", self.address()]
+        return start(CURRENT_DIR, *words, cwd=models_dir)
 
 
 def end_of(process, content=b""):
@@ -553,6 +564,7 @@ def cluster(tmp_path):
 def test_a_worker_with_another_model_or_more_threads(models_dir, corpus, cluster, tmp_path):
     path, whole = corpus
     shutil.copytree(models_dir / "other", tmp_path / "small")
+    cluster.scheduler()
     worker = cluster.worker(tmp_path)
     with cluster.score(path, models_dir) as process:
         status, message = end_of(process)
@@ -560,7 +572,7 @@ def test_a_worker_with_another_model_or_more_threads(models_dir, corpus, cluster
     assert re.match("score.py: worker tcp://.* another model", message)
     assert size(cluster.output) == 0
     worker.kill()
-    cluster.worker(models_dir, n_threads=2)  # BLAS would use two for each of them
+    cluster.worker(models_dir, n_threads="2")  # BLAS would use two for each of them
     with cluster.score(path, models_dir) as process:
         assert end_of(process)[0] == 1
     assert cluster.output.read_bytes() == whole
@@ -583,6 +595,7 @@ def test_workers_and_schedulers_come_and_go(models_dir, run, corpus, cluster, tm
     """The test writes the input piece by piece, so that all this happens in the middle."""
     path, whole = corpus
     content = path.read_bytes()
+    scheduler = cluster.scheduler()
     first = cluster.worker(models_dir)
     with cluster.score("-", models_dir) as process:
         feed(process, content)
@@ -591,7 +604,7 @@ def test_workers_and_schedulers_come_and_go(models_dir, run, corpus, cluster, tm
         first.kill()
         feed(process, content)
         wait_for(lambda: size(cluster.output) > len(whole))
-        cluster.scheduler.close()
+        scheduler.kill()
         status, message = end_of(process, content)
     assert status == 1
     lost = "score.py: (no connection to the Dask scheduler|Timed out trying to connect)"
