@@ -31,7 +31,7 @@ MAX_CACHED_WORDS = 131_072
 MAX_CACHED_LENGTH = 64
 
 Vocabulary = dict[str, int]  # {token: id}
-Merges = list[tuple[str, str]]
+Merges = list[tuple[str, ...]]  # of two tokens each
 
 END_OF_TEXT = "<|endoftext|>"
 GIT_LFS_POINTER = "version https://git-lfs"

@@ -12,6 +12,7 @@ import functools
 import os
 import queue
 import threading
+from typing import Any
 
 import numpy as np
 
@@ -158,7 +159,7 @@ def blas_threads():
 
 
 @functools.cache
-def blas():
+def blas() -> Any:
     """Return a controller of OpenBLAS with threads of its own, or None without threadpoolctl."""
     try:
         import threadpoolctl

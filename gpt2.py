@@ -25,9 +25,9 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 if __name__ == "__main__":  # OpenBLAS reads this when it is loaded. Its idle threads sleep sooner.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "8")
@@ -80,7 +80,7 @@ def ffn(x, c_fc, c_proj, activation=gelu):
     return linear(activation(linear(x, **c_fc)), **c_proj)
 
 
-def attention(q, k, v, mask=0.0):
+def attention(q, k, v, mask: np.ndarray | float = 0.0):
     """Scaled dot-product attention (Vaswani et al., 2017): the mean of v, weighted by q @ k.
 
     q [..., n_q, d_head], k and v [..., n_kv, d_head], mask [n_q, n_kv] -> [..., n_q, d_head].
@@ -176,9 +176,9 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, n_out=None):
     cache: a KVCache. The inputs continue the tokens in it and are added to it.
     n_out: compute logits for only the last n_out positions; all by default.
 
-    Raises TypeError if the inputs are not integers. Raises ValueError if there are none, if one is
-    not in the vocabulary, if the tokens exceed n_ctx or the cache's n_max, or if n_head, n_out or
-    the cache does not fit. The cache is then unchanged.
+    Raises TypeError if the inputs are not integers, and ValueError for no inputs, ids outside the
+    vocabulary, more tokens than n_ctx or the cache's n_max, and an n_head, n_out or cache that does
+    not fit. The cache is then unchanged.
     """
     ids = check_ids(inputs, len(wte))
     with own_threads(ids.size):
@@ -187,9 +187,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, n_out=None):
 
 
 @np.errstate(under="ignore")  # softmax may underflow, whatever np.seterr is set to
-def final_states(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, n_out=None):
-    """`gpt2` without its last product: ids [..., n_seq] -> float32 [..., n_out, n_embd]."""
-    ids = check_ids(inputs, len(wte))
+def final_states(ids, wte, wpe, blocks, ln_f, n_head, cache=None, n_out=None):
+    """`gpt2` without its last product: int64 ids [..., n_seq] -> float32 [..., n_out, n_embd]."""
     check_n_head(n_head, wte.shape[1])
     n_past = 0
     n_max = len(wpe)
@@ -288,7 +287,7 @@ def token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     Options(temperature=temperature, top_k=top_k, top_p=top_p)
     logits = check_logits(logits)
     # A lower temperature would give the same: only the most likely tokens remain.
-    scaled = (logits - logits[most_likely(logits)]) / max(temperature, 1e-30)
+    scaled = (logits - logits.max()) / max(temperature, 1e-30)
     scaled[np.isnan(scaled)] = -np.inf  # it was -inf / inf
     if 0 < top_k < len(logits):
         scaled[logits < np.partition(logits, -top_k)[-top_k]] = -np.inf
@@ -305,21 +304,18 @@ def token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 @np.errstate(over="ignore")
 def check_logits(logits):
-    """Return logits [n_vocab] or [1, n_vocab] as float32 [n_vocab]. Raises ValueError otherwise."""
+    """Return logits [n_vocab] or [1, n_vocab] as float32 [n_vocab].
+
+    Raises ValueError for another shape, and if the largest logit is not finite.
+    """
     logits = np.asarray(logits, np.float32)
     if logits.ndim == 2 and len(logits) == 1:
         logits = logits[0]
     if logits.ndim != 1:
         raise ValueError(f"expected the logits of one token, [n_vocab], got {logits.shape}")
+    if not np.isfinite(logits.max()):
+        raise ValueError(f"the logits are not finite: the largest one is {logits.max()}")
     return logits
-
-
-def most_likely(logits):
-    """Return the id of the largest logit. Raises ValueError if it is not finite."""
-    token_id = int(np.argmax(logits))
-    if not np.isfinite(logits[token_id]):
-        raise ValueError(f"the logits are not finite: the largest one is {logits[token_id]}")
-    return token_id
 
 
 def sample(logits, rng, temperature=1.0, *others, **options):
@@ -328,7 +324,7 @@ def sample(logits, rng, temperature=1.0, *others, **options):
     rng: a numpy.random.Generator. The other arguments are those of token_probs.
     """
     if temperature == 0:
-        return most_likely(check_logits(logits))
+        return int(check_logits(logits).argmax())
     probs = token_probs(logits, temperature, *others, **options)
     cumulative = np.cumsum(probs, dtype=np.float64)
     total = cumulative[-1]
@@ -340,6 +336,14 @@ def sample(logits, rng, temperature=1.0, *others, **options):
 # Generation
 
 
+@overload
+def generate(
+    inputs, params, n_head, n_tokens_to_generate, *, n_samples: int, **options
+) -> list[list[int]]: ...
+@overload
+def generate(
+    inputs, params, n_head, n_tokens_to_generate, *, n_samples: None = None, **options
+) -> list[int]: ...
 def generate(inputs, params, n_head, n_tokens_to_generate, **options):
     """Continue the token ids `inputs` -> list of the new ids. `inputs` is not modified.
 
@@ -356,12 +360,19 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
     return [[row[i] for row in rows if row[i] is not None] for i in range(n_samples)]
 
 
-def stream(inputs, params, n_head, n_tokens_to_generate, stop_id=(), **options):
+@overload
+def stream(
+    inputs, params, n_head, n_tokens_to_generate, stop_id=..., *, n_samples: int, **options
+) -> Iterator[list[int | None]]: ...
+@overload
+def stream(
+    inputs, params, n_head, n_tokens_to_generate, stop_id=..., *, n_samples: None = None, **options
+) -> Iterator[int]: ...
+def stream(inputs, params, n_head, n_tokens_to_generate, stop_id=(), **options) -> Iterator[Any]:
     """Continue token ids -> iterator over the new ids, as they are chosen.
 
     stop_id: a token id that ends a continuation and is not part of it, or several such ids.
-    options: see Options. With n_samples, it is an iterator over lists of ids, with None for each
-    sample that has ended.
+    options: see Options. With n_samples, it yields lists of ids, None for a sample that has ended.
 
     The model sees the last n_ctx tokens. When the text outgrows the context, generation continues
     from its last n_ctx // 2 tokens. Raises TypeError or ValueError for invalid options or inputs,
@@ -519,10 +530,8 @@ def continue_text(
 ):
     """Yield a list of the next piece of each sample's text, until all samples have ended.
 
-    model: (encoder, hparams, params), as load_encoder_hparams_and_params returns it.
-    stop: a text that ends a continuation, or several.
-    allowed_special: see Encoder.encode.
-    options: see Options.
+    model: (encoder, hparams, params), as load_encoder_hparams_and_params returns it. stop: a text
+    that ends a continuation, or several. allowed_special: see Encoder.encode. options: see Options.
 
     Raises what `stream` and Encoder.encode raise, and ValueError if no token starts a text.
     """
@@ -553,25 +562,17 @@ def printed(prompt, model, n_tokens_to_generate, n_samples=None, **options):
     yield "\n".join([f"{line} SAMPLE {i} {line}\n{text}" for i, text in enumerate(texts, 1)])
 
 
-def main(
-    prompt,
-    n_tokens_to_generate=40,
-    model_size="124M",
-    models_dir="models",
-    stop=(),
-    allowed_special=(),
-    **options,
-):
-    """Load a model and continue the prompt -> the text that the command prints; see continue_text.
+def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models", **options):
+    """Load a model and continue the prompt -> the text that the command prints.
 
-    Raises what `continue_text` and utils.py raise.
+    options: see `continue_text`. Raises what `continue_text` and utils.py raise.
     """
     from utils import load_encoder_hparams_and_params
 
+    texts = {name: options.pop(name, ()) for name in ("stop", "allowed_special")}
     Options(n_tokens_to_generate=n_tokens_to_generate, **options)  # before a download
     model = load_encoder_hparams_and_params(model_size, models_dir)
-    options |= {"stop": stop, "allowed_special": allowed_special}
-    return "".join(printed(prompt, model, n_tokens_to_generate, **options))
+    return "".join(printed(prompt, model, n_tokens_to_generate, **texts, **options))
 
 
 # The command line
@@ -587,7 +588,7 @@ def command(
     interactive: bool = False,
     special_tokens: bool = False,
     **options: Any,
-) -> Iterable[str]:
+) -> Iterable[str] | None:
     r"""python gpt2.py PROMPT [N_TOKENS_TO_GENERATE [MODEL_SIZE [MODELS_DIR]]] [OPTIONS]
 
     Continue a text with GPT-2. An example that needs no download:
@@ -600,17 +601,13 @@ def command(
     --model_size 124M            124M, 355M, 774M or 1558M (downloaded on first use), a folder in
                                  models_dir or its path, or owner/name on the Hugging Face Hub
     --models_dir models          the folder that holds the models
-    --temperature 0.0            0 always takes the most likely token; 1 draws from the model's
-                                 probabilities
+    --temperature 0.0            0 always takes the most likely token; 1 draws by probability
     --top_k 0                    draw from only the k most likely tokens; 0 means all
-    --top_p 1.0                  draw from the smallest set of most likely tokens with this total
-                                 probability, such as 0.9
+    --top_p 1.0                  draw from the fewest tokens with this total probability
     --seed                       random seed: the same seed gives the same text
     --n_samples 1                the number of continuations, which are printed under headings
-    --stop                       stop before this text appears; \n is a newline. Give it several
-                                 times to stop before any of several texts
-    --special_tokens             read the names of special tokens in the prompt, such as
-                                 <|endoftext|>, as these tokens; otherwise they are ordinary text
+    --stop                       stop before this text; \n is a newline. It may be given repeatedly
+    --special_tokens             read names such as <|endoftext|> in the prompt as special tokens
     --interactive                ask for prompts, one per line; PROMPT, if it is given, is the first
     --help                       show this help
     """
@@ -629,12 +626,12 @@ def command(
         names = ", ".join(sorted(unused))
         note(f"gpt2.py: warning: at temperature 0, the text does not depend on {names}")
     options["stop"] = [each.replace("\\n", "\n") for each in stop]
-    allowed = "all" if special_tokens else ()
-    options["allowed_special"] = allowed
+    options["allowed_special"] = "all" if special_tokens else ()
     model = load_encoder_hparams_and_params(model_size, models_dir)
 
     def answer(text):
-        n_left_out = len(model[0].encode(text, allowed)) - model[1]["n_ctx"]
+        n_tokens = len(model[0].encode(text, options["allowed_special"]))
+        n_left_out = n_tokens - model[1]["n_ctx"]
         if n_left_out > 0:
             note(f"gpt2.py: warning: the first {n_left_out} tokens of the prompt do not fit")
         yield from printed(text, model, n_tokens_to_generate, **options)

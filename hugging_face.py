@@ -351,9 +351,9 @@ class FolderEncoder(Encoder):
             if match[0] in forbidden or (token["single_word"] and LETTER.search(beside)):
                 continue
             if token["lstrip"]:
-                begin = max(start, SPACE_BEFORE.match(text, start, begin).start())
+                begin = max(start, next(SPACE_BEFORE.finditer(text, start, begin)).start())
             if token["rstrip"]:
-                end = SPACE_AFTER.match(text, end).end()
+                end = next(SPACE_AFTER.finditer(text, end)).end()
             ids += self.encode_part(text[start:begin], patterns[1:], forbidden)
             if begin < end:  # else it is white space that belongs to the token before it
                 ids.append(self.encoder[match[0]])
@@ -468,7 +468,7 @@ def added_tokens(folder, settings, tokenizer):
             entries.append(listed[token_id])
     else:
         listed = read_optional(folder / "added_tokens.json")  # {name: id}
-        names = sorted(listed, key=listed.get)
+        names = sorted(listed, key=listed.__getitem__)
         others = []
         for name in names:
             special = name in named or name in extra
@@ -490,7 +490,7 @@ def added_tokens(folder, settings, tokenizer):
     return added
 
 
-def as_token(value):
+def as_token(value) -> Json:
     """Return a token with all its keys. It is given as a dict, or as its name."""
     return FLAGS | (value if isinstance(value, dict) else {"content": value})
 
@@ -543,7 +543,7 @@ def download(name: str, model_dir: str) -> None:
             shutil.rmtree(part, ignore_errors=True)
             raise ValueError(f"{name} from the Hugging Face Hub: {error}") from None
         part.rename(folder)
-        for old in folder.parent.glob(f".{folder.name}.{'?' * len(info.sha)}.part"):
+        for old in folder.parent.glob(f".{folder.name}.{'?' * 40}.part"):
             shutil.rmtree(old)
 
 

@@ -6,6 +6,7 @@ A program is a function. Its signature is the command line, and its docstring is
 import contextlib
 import difflib
 import inspect
+import io
 import os
 import re
 import sys
@@ -29,7 +30,7 @@ def run(program: Callable, words: list[str], options: Callable = lambda: None) -
     The status is 0, also if the reader of the output has closed the pipe; 1 after an error; 2 after
     a UsageError; 130 after Ctrl-C.
     """
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
         sys.stdout.reconfigure(errors="replace")  # what cannot be encoded becomes a ?
     status = 0
     try:
@@ -174,7 +175,8 @@ def answer_lines(answer, text):
         sign = "> "
         with contextlib.suppress(ImportError):  # Windows has none
             import readline  # noqa: F401  gives input() line editing and a history
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     while True:
         try:
             if text in ("quit", "exit"):

@@ -232,7 +232,7 @@ def size_of(path):
 
 def digest(path):
     """Return the SHA-256 of a file in hex."""
-    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
+    return hashlib.sha256(np.memmap(path, mode="r").data).hexdigest()
 
 
 # Loading
