@@ -40,7 +40,7 @@ from fast import for_blocks, in_blocks, matmul, own_threads
 ROWS = 128  # of attention and logits per block: enough for fast products, few enough to skip keys
 
 
-@in_blocks
+@in_blocks  # this changes the speed, not the result
 def gelu(x):
     """Gaussian error linear unit in its tanh approximation (Hendrycks & Gimpel, 2016)."""
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
@@ -497,8 +497,9 @@ def score_block(states, targets, wte):
 def token_log_probs(text, model, context=""):
     """Return [(token, its natural log-probability), ...] of a text, after a context.
 
-    Without a context, the first token is predicted from the token that starts a text. Raises
-    ValueError if a token is part of both texts, as " king" is of "The kin" and "g".
+    Without a context, the first token is predicted from the token that starts a text. A token that
+    is only part of a character is shown as U+FFFD. Raises ValueError if a token is part of both
+    texts, as " king" is of "The kin" and "g".
     """
     encoder, hparams, params = model
     before = encoder.encode(context)

@@ -148,6 +148,13 @@ def test_options_match_the_command():
     assert options == defaults | {"help": ""}
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("[!.]*/*.md")) + sorted(ROOT.glob("*.md")))
+def test_rows_of_a_table_have_the_same_number_of_cells(path):
+    """A | within a cell needs a backslash, also in code."""
+    for table in re.findall(r"(?:^\|.*\n)+", path.read_text(encoding="utf-8"), re.MULTILINE):
+        assert len({len(re.split(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
+
+
 def test_files_and_sizes_are_named_and_links_lead_to_files():
     for name in [*utils.FILES, *utils.MODEL_SIZES, *utils.MODEL_SIZES.values()]:
         assert name in MODELS
