@@ -117,10 +117,7 @@ class Encoder:
         """Return the ids of a text without special tokens."""
         ids = []
         for word in self.pat.findall(text):
-            try:
-                ids += self.cache[word]
-            except KeyError:
-                ids += self.encode_word(word)
+            ids += self.cache.get(word) or self.encode_word(word)
         return ids
 
     def encode_word(self, word):
