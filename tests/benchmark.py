@@ -75,7 +75,7 @@ class NpGPT:
         self.ids_after = gpt2.stream
         if "blocks" in self.off:
             fast.BLOCK = HUGE
-            gpt2.QUERIES = HUGE
+            gpt2.ROWS = HUGE
         if "threads" in self.off:
             fast.PROMPT_ROWS = HUGE
         encoder, hparams, self.params = load(model_dir)

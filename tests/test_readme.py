@@ -119,16 +119,21 @@ def test_commands_that_are_not_run():
 
 
 def test_set_up_and_requirements():
-    """.ci/run runs these two blocks. requirements.txt is what they install, and TensorFlow."""
+    """.ci/run runs these two blocks. The lists of requirements are those of pyproject.toml."""
     quick_start, *_, tests = [block for block, _ in SHELL if ".venv" in block or "ADDRESS" in block]
     environment = "python3 -m venv .venv && . .venv/bin/activate\n"
     assert quick_start.startswith("git clone ADDRESS npGPT && cd npGPT\n" + environment)
     assert tests.startswith(environment)
     assert max(map(len, quick_start.splitlines())) < 80
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").replace("'", '"')
-    lists = re.findall(r"^(?:dependencies|tensorflow) = \[\n(.*?)^\]", project, re.M | re.S)
-    lines = re.findall(r'^ +"(.*)",$', "".join(lists), re.MULTILINE)
-    assert sorted(lines) == sorted((ROOT / "requirements.txt").read_text().splitlines())
+    extras = {
+        name: re.findall(r'^ +"(.*)",$', lines, re.MULTILINE)
+        for name, lines in re.findall(r"^(\w+) = \[\n(.*?)^\]", project, re.M | re.S)
+    }
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert sorted(extras["dependencies"] + extras["tensorflow"]) == sorted(lines)
+    lines = (ROOT / "tests" / "requirements.txt").read_text().splitlines()
+    assert extras["tests"] == [line for line in lines if not line.startswith("-r")]
 
 
 def test_options_match_the_command():
