@@ -67,4 +67,4 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
 if __name__ == "__main__":
     import fire
 
-    fire.Fire(main)
+    fire.Fire(fire.decorators.SetParseFns(prompt=str)(main))

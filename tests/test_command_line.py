@@ -313,10 +313,13 @@ def test_a_prompt_that_is_cut_gives_a_warning(options, oracle):
     assert run("--interactive", *options, stdin=b"quit\n").err.count("Ctrl-D exits") == 1
 
 
-def test_the_model_on_one_screen():
-    """gpt2_pico.py prints what gpt2.py prints."""
+def test_the_model_on_one_screen(oracle):
+    """gpt2_pico.py prints what gpt2.py prints. No prompt is taken for a number or a comment."""
     result = run_process("ROMEO:", "--model_size", "tiny", program="gpt2_pico.py")
     assert result == Result(0, f"{ROMEO}\n", "")
+    for prompt in "Speak, Romeo", "1597", "the # and":
+        result = run_process(prompt, str(N), "tiny", program="gpt2_pico.py")
+        assert result == Result(0, oracle(prompt), "")
 
 
 # Interactive use
