@@ -109,8 +109,9 @@ class Encoder:
     def allowed_names(self, allowed_special):
         """Return the names of the special tokens to make; see `encode`."""
         names = set(self.special_tokens if allowed_special == "all" else allowed_special)
-        for name in names - self.special_tokens.keys():
-            raise ValueError(f"{name!r} is not a special token, only {list(self.special_tokens)}")
+        if not names <= self.special_tokens.keys():
+            possible = f"'all' or a list of names from {list(self.special_tokens)}"
+            raise ValueError(f"allowed_special must be {possible}, got {allowed_special!r}")
         return names
 
     def encode_ordinary(self, text):
@@ -211,7 +212,7 @@ class Encoder:
 def valid_text(text):
     """Return text with surrogate pairs joined to characters and lone surrogates as U+FFFD."""
     if not isinstance(text, str):
-        raise TypeError(f"encode takes a text of type str, not {type(text).__name__}")
+        raise TypeError(f"expected a text of type str, not {type(text).__name__}")
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -226,7 +227,7 @@ class TextDecoder:
 
     def __init__(self, encoder: Encoder, stop: str | Iterable[str] = ()):
         self.encoder = encoder
-        self.stops = [stop] if isinstance(stop, str) else list(stop)
+        self.stops = [valid_text(each) for each in ([stop] if isinstance(stop, str) else stop)]
         self.longest = max(map(len, self.stops), default=1)
         self.stopped = False
         self.utf8_decoder = codecs.getincrementaldecoder("utf-8")(encoder.errors)
