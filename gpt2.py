@@ -287,10 +287,10 @@ def token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     Options(temperature=temperature, top_k=top_k, top_p=top_p)
     logits = check_logits(logits)
     # A lower temperature would give the same: only the most likely tokens remain.
-    scaled = (logits - logits.max()) / max(temperature, 1e-30)
+    scaled = (logits - logits.max()) / max(float(temperature), 1e-30)
     scaled[np.isnan(scaled)] = -np.inf  # it was -inf / inf
     if 0 < top_k < len(logits):
-        scaled[logits < np.partition(logits, -top_k)[-top_k]] = -np.inf
+        scaled[-logits > np.partition(-logits, top_k - 1)[top_k - 1]] = -np.inf
     probs = softmax(scaled)
     if top_p < 1:
         descending = np.sort(probs)[::-1]
@@ -353,7 +353,8 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
     from terminal import progress_bar
 
     steps = stream(inputs, params, n_head, n_tokens_to_generate, **options)
-    rows = list(progress_bar(steps, "generating", total=n_tokens_to_generate, leave=False))
+    # Without iter, list would reserve memory for the whole total.
+    rows = list(iter(progress_bar(steps, "generating", total=n_tokens_to_generate, leave=False)))
     n_samples = options.get("n_samples")
     if n_samples is None:
         return rows
@@ -497,9 +498,9 @@ def score_block(states, targets, wte):
 def token_log_probs(text, model, context=""):
     """Return [(token, its natural log-probability), ...] of a text, after a context.
 
-    Without a context, the first token is predicted from the token that starts a text. A token that
-    is only part of a character is shown as U+FFFD. Raises ValueError if a token is part of both
-    texts, as " king" is of "The kin" and "g".
+    Without a context, the token that starts a text predicts the first one. A token that is only
+    part of a character is shown as U+FFFD. Raises ValueError if no token starts a text, and if a
+    token is part of both texts, as " king" is of "The kin" and "g".
     """
     encoder, hparams, params = model
     before = encoder.encode(context)
@@ -507,6 +508,8 @@ def token_log_probs(text, model, context=""):
     if ids[: len(before)] != before:
         raise ValueError(f"a token joins the end of the context to the text: {context[-20:]!r}")
     if not before:
+        if encoder.start_id is None:
+            raise ValueError("the model has no token that starts a text; give a context")
         before = [encoder.start_id]
         ids = before + ids
     scores = log_probs(ids, params, hparams["n_head"])[len(before) - 1 :]
@@ -543,7 +546,7 @@ def continue_text(
     if ids == [None]:
         raise ValueError("the prompt is empty, and the model has no token that starts a text")
     options |= {"n_samples": n_samples, "stop_id": encoder.end_ids}
-    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    stops = TextDecoder(encoder, () if stop is None else stop).stops  # a list, read many times
     decoders = [TextDecoder(encoder, stops) for _ in range(n_samples)]
     for row in stream(ids, params, hparams["n_head"], n_tokens_to_generate, **options):
         pairs = list(zip(row, decoders, strict=True))
@@ -631,8 +634,7 @@ def command(
     model = load_encoder_hparams_and_params(model_size, models_dir)
 
     def answer(text):
-        n_tokens = len(model[0].encode(text, options["allowed_special"]))
-        n_left_out = n_tokens - model[1]["n_ctx"]
+        n_left_out = len(model[0].encode(text, options["allowed_special"])) - model[1]["n_ctx"]
         if n_left_out > 0:
             note(f"gpt2.py: warning: the first {n_left_out} tokens of the prompt do not fit")
         yield from printed(text, model, n_tokens_to_generate, **options)

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -73,9 +74,18 @@ def test_wrong_options(name):
 
 def test_numbers_of_numpys_types():
     python = {"n_tokens_to_generate": 9, "top_k": 9, "top_p": 0.5}
-    nine = np.int8(9)
-    numpy = {"n_tokens_to_generate": nine, "top_k": nine, "top_p": np.float32(0.5)}
-    assert generate(**DRAWN | python) == generate(**DRAWN | numpy)
+    for nine in np.int8(9), np.uint8(9), np.uint64(9):
+        numpy = {"n_tokens_to_generate": nine, "top_k": nine, "top_p": np.float32(0.5)}
+        assert generate(**DRAWN | python) == generate(**DRAWN | numpy)
+    for temperature in np.float16(0.5), np.float64(0.5), np.array(0.5):
+        probs = gpt2.token_probs(np.arange(5), temperature)
+        assert probs.dtype == np.float32
+        assert probs.tolist() == gpt2.token_probs(np.arange(5), 0.5).tolist()
+
+
+@pytest.mark.parametrize("n", [10**12, sys.maxsize, 2**70])
+def test_a_huge_number_of_tokens_means_until_the_stop(n, ids, greedy):
+    assert generate(ids[:5], n, stop_id=greedy[4]) == greedy[:4]
 
 
 @pytest.mark.parametrize("collection", [set, list, np.array])

@@ -1,5 +1,6 @@
 """Text in, text out: `continuation` and `main` on the tiny model and on scripted ids."""
 
+import copy
 import random
 
 import numpy as np
@@ -81,6 +82,10 @@ def test_token_log_probs(tiny):
     assert gpt2.token_log_probs("", tiny, "O") == []
     with pytest.raises(ValueError, match="joins the end of the context to the text: 'The kin'"):
         gpt2.token_log_probs("g", tiny, "The kin")
+    encoder = copy.copy(encoder)
+    encoder.start_id = None
+    with pytest.raises(ValueError, match="no token that starts a text; give a context"):
+        gpt2.token_log_probs(text, (encoder, hparams, params))
 
 
 # Stop texts
@@ -102,7 +107,7 @@ def test_text_ends_before_the_first_stop(tiny, scripted):
         assert texts == [sample.partition(stop)[0] for sample in samples], stop
 
 
-@pytest.mark.parametrize("stop", ["ï", "😁", "😁 中", "文 naïve 😁", "中中", "😂"])
+@pytest.mark.parametrize("stop", ["ï", "😁", "😁 中", "文 naïve 😁", "中中", "😂", "\ud83d\ude01"])
 def test_stop_inside_characters_and_across_tokens(tiny, scripted, stop):
     """The tiny vocabulary has no tokens for these characters, so each is several ids."""
     text = "naïve 😀😁 中文 naïve 😁"
@@ -110,7 +115,22 @@ def test_stop_inside_characters_and_across_tokens(tiny, scripted, stop):
     assert len(ids) > len(text)
     scripted([[i] for i in ids])
     pieces = gpt2.continuation("hi", tiny, len(ids), stop=stop)
+    stop = stop.replace("\ud83d\ude01", "😁")  # a surrogate pair means this character
     assert "".join(pieces) == text.partition(stop)[0]
+
+
+@pytest.mark.parametrize("collection", [set, list, iter, np.array, dict.fromkeys])
+def test_any_of_several_stops_ends_the_text(tiny, scripted, collection):
+    ids = tiny[0].encode("and so we end")
+    scripted([[i, i] for i in ids])
+    texts = gpt2.continuations("hi", tiny, 2, len(ids), stop=collection(["we", "so", "z"]))
+    assert texts == ["and ", "and "]
+
+
+@pytest.mark.parametrize("stop", [b"x", [b"x"], 5, 0, ["x", None], [["x"]]])
+def test_stops_that_are_not_texts(tiny, stop):
+    with pytest.raises(TypeError):
+        next(gpt2.continuation("hi", tiny, stop=stop))
 
 
 @pytest.mark.parametrize(
