@@ -25,7 +25,7 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
@@ -382,7 +382,7 @@ def stream(inputs, params, n_head, n_tokens_to_generate, stop_id=(), **options) 
     chosen = Options(n_tokens_to_generate=n_tokens_to_generate, **options)
     n_vocab = len(params["wte"])
     prompt = check_ids(inputs, n_vocab, max_ndim=1)
-    stop_ids = list(stop_id) if isinstance(stop_id, Collection) else [stop_id]
+    stop_ids = list(stop_id) if isinstance(stop_id, Iterable) else [stop_id]
     if stop_ids:
         check_ids(stop_ids, n_vocab)
     rows = steps(prompt, params, n_head, chosen, stop_ids)

@@ -42,7 +42,7 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head):  # [n_seq, n_embd] -> [
 
 
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_seq] ids -> [n_seq, n_vocab] logits
-    x = wte[inputs] + wpe[: len(inputs)]  # what and where each token is, [n_seq, n_embd]
+    x = wte[list(inputs)] + wpe[: len(inputs)]  # what and where each token is, [n_seq, n_embd]
     for block in blocks:
         x = transformer_block(x, **block, n_head=n_head)
     return layer_norm(x, **ln_f) @ wte.T

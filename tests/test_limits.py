@@ -88,7 +88,7 @@ def test_a_huge_number_of_tokens_means_until_the_stop(n, ids, greedy):
     assert generate(ids[:5], n, stop_id=greedy[4]) == greedy[:4]
 
 
-@pytest.mark.parametrize("collection", [set, list, np.array])
+@pytest.mark.parametrize("collection", [set, list, iter, np.array])
 def test_any_of_several_stop_ids_ends_the_text(collection, ids, greedy):
     stop_ids = collection([greedy[4], greedy[2], greedy[2]])
     assert generate(ids[:5], 9, stop_id=stop_ids) == greedy[:2]

@@ -57,6 +57,9 @@ def test_the_model_on_one_screen(model):
     atol = 1e-5 * np.abs(model.logits).max()
     np.testing.assert_allclose(pico, model.logits, rtol=0, atol=atol)
     assert_close(model.run(model.ids), pico)
+    # As an index, NumPy takes a tuple for a row and a column.
+    pair = gpt2_pico.gpt2(tuple(model.ids[:2]), **model.params, n_head=model.n_head)
+    np.testing.assert_allclose(pair, pico[:2], rtol=0, atol=atol)
     n = len(model.params["wpe"]) - 5
     ids = gpt2_pico.generate(model.ids[:5], model.params, model.n_head, n)
     assert ids == model.greedy[:n]
