@@ -74,15 +74,13 @@ class Encoder:
         self.decoder = {token_id: token for token, token_id in encoder.items()}
         self.byte_encoder = bytes_to_unicode()
         self.byte_decoder = {char: byte for byte, char in self.byte_encoder.items()}
-        self.bpe_ranks = {pair: rank for rank, pair in enumerate(bpe_merges)}
+        self.bpe_ranks = {(left, right): rank for rank, (left, right) in enumerate(bpe_merges)}
         self.pat = WORD
         self.errors = errors
         self.whole_words = encoder  # words that become one token, whatever the merges say
         self.unknown_id = None  # for bytes that are not in the vocabulary
-        self.special_tokens = {}
-        if END_OF_TEXT in encoder:
-            self.special_tokens[END_OF_TEXT] = encoder[END_OF_TEXT]
         self.start_id = encoder.get(END_OF_TEXT)
+        self.special_tokens = {} if self.start_id is None else {END_OF_TEXT: self.start_id}
         self.end_ids = frozenset(self.special_tokens.values())
         self.cache = {}  # {word: ids}
         self.token_bytes = {}  # {id: bytes}, as far as they have been decoded

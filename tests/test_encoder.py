@@ -169,6 +169,15 @@ def test_decoding_an_unknown_id_raises(small, token_id):
         small[0].decode([72, token_id])
 
 
+def test_merges_are_pairs(small):
+    """tokenizer.json of other programs has lists, or texts with a space in the middle."""
+    ours = small[0]
+    lists = map(list, ours.bpe_ranks)
+    assert Encoder(ours.encoder, lists).encode("the hand") == ours.encode("the hand")
+    with pytest.raises(ValueError, match="expected 2"):
+        Encoder(ours.encoder, map(" ".join, ours.bpe_ranks))
+
+
 # Special tokens
 
 
