@@ -65,6 +65,6 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
 
 
 if __name__ == "__main__":
-    import fire
+    from fire import Fire, decorators
 
-    fire.Fire(fire.decorators.SetParseFns(prompt=str)(main))
+    Fire(decorators.SetParseFns(prompt=str)(main))
