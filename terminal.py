@@ -32,6 +32,7 @@ def run(program: Callable, words: list[str], options: Callable = lambda: None) -
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
         sys.stdout.reconfigure(errors="replace")  # what cannot be encoded becomes a ?
+    sys.stdin = sys.stdin or io.TextIOWrapper(io.BytesIO())  # None, if it is closed
     status = 0
     try:
         if {"-h", "--help"} & set(words):
@@ -127,9 +128,9 @@ def converted(text, annotation, name):
     """Convert the text of an argument to the first type of its annotation. Raises UsageError."""
     kind = next(iter(get_args(annotation)), annotation)
     try:
-        return text == "True" if kind is bool else kind(text)
+        return ["False", "True"].index(text) if kind is bool else kind(text)
     except ValueError:
-        rule = "a whole number" if kind is int else "a number"
+        rule = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
         raise UsageError(f"--{name} must be {rule}, got {text!r}; {QUOTES}") from None
 
 
@@ -183,7 +184,7 @@ def answer_lines(answer, text):
                 note("This is a prompt like others. Ctrl-D exits.")
             if text:
                 show(answer(text))
-            text = decoded(os.fsencode(input(sign)), "the prompt")
+            text = decoded(input(sign).encode("utf-8", "surrogateescape"), "the prompt")
         except EOFError:
             return
         except (KeyboardInterrupt, ValueError) as error:
@@ -201,8 +202,8 @@ def show(pieces):
 
 def note(message: str) -> None:
     """Print one line on standard error, if that is possible."""
-    with contextlib.suppress(OSError):
-        print(" ".join(message.splitlines()), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, AttributeError):  # None, if it is closed
+        sys.stderr.write(" ".join(message.splitlines()) + "\n")
 
 
 def progress_bar(*args, **kwargs):

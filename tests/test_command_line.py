@@ -251,6 +251,7 @@ QUOTES = "put a text of several words in quotes"
         (["a", "--", "--trace"], ["no option --;"]),
         (["a", "-1"], ["n_tokens_to_generate must be 0 or more, got -1"]),
         (["a", "--temperature", "hot"], ["--temperature must be a number, got 'hot'"]),
+        (["a", "--interactive=true"], ["--interactive must be True or False, got 'true'"]),
         (["a", "--temperature", "nan"], ["temperature must be 0 or more, got nan"]),
     ],
     ids=str,
@@ -392,8 +393,10 @@ def test_the_c_locale(options):
     words = ["é中", "--temperature=9", "--seed=6", *options]
     text = run(*words).out
     assert not text.isascii()
-    result = run_process(*words, env=os.environ | environment)
-    assert result == Result(0, text.encode("ascii", "replace").decode(), "")
+    expected = Result(0, text.encode("ascii", "replace").decode(), "")
+    assert run_process(*words, env=os.environ | environment) == expected
+    words = ["--interactive", *words[1:]]
+    assert run_process(*words, env=os.environ | environment, input="é中\n") == expected
 
 
 # Random words

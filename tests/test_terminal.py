@@ -103,6 +103,8 @@ def test_arguments():
         "": None,
         "a 1 2": None,
         "a --loud=False": ("a", 3, 0.5, (), False),
+        "a --loud=true": None,
+        "a --loud=": None,
     }
     for line, expected in lines.items():
         assert terminal.run(program, line.split()) == (0 if expected else 2)
@@ -203,6 +205,8 @@ def program(word: str):
     print("output")
     if word == "fail":
         raise ValueError("wrong")
+    if word == "-":
+        print(terminal.given_text("-"))
 
 sys.exit(terminal.run(program, sys.argv[1:]))
 """
@@ -216,6 +220,8 @@ sys.exit(terminal.run(program, sys.argv[1:]))
         ("exec 3> >(true); wait $!; prog print >&3", 0, ""),  # nobody reads the pipe
         ("prog print >&-", 0, ""),
         ("prog print 2>&- <&- >/dev/null", 0, ""),
+        ("prog - <&- >/dev/null", 0, ""),
+        ('test "$(prog fail 2>&-)" = output', 0, ""),
     ],
 )
 def test_processes(tmp_path, script, status, err):
