@@ -387,8 +387,9 @@ def read_encoder(folder, config):
         starts.append(encoder.encoder.get(as_token(settings.get(key))["content"]))
     starts += [config.get("bos_token_id", DEFAULT_ID), *ends]
     rows = range(min(config["n_vocab"], len(encoder.encoder)))
-    encoder.start_id = next((i for i in starts if i in rows), None)
-    encoder.end_ids = frozenset(i for i in ends if i in rows)
+    # The ids come from rows, which has 5, not from the files, which may have 5.0 or true.
+    encoder.start_id = next((row for i in starts for row in rows if row == i), None)
+    encoder.end_ids = frozenset(row for row in rows if row in ends)
     return encoder
 
 

@@ -194,6 +194,7 @@ NO_EOS = NO_BOS | {"eos_token": None}
         (NO_BOS | {"eos_token": "h"}, (3, 4), {}, 71, {4}),
         (NO_EOS, (3, [4, 5]), {}, 3, {4, 5}),
         (NO_EOS, (None, [4, 5]), {"eos_token_id": None}, 4, {4, 5}),
+        (NO_EOS, (3.0, [4.0, True]), {}, 3, {4, 1}),  # numbers of another type
         (NO_EOS, (3, 4), {"bos_token_id": 6, "eos_token_id": 7}, 6, {7}),
         ({}, (REMOVE, REMOVE), {}, 279, set()),  # the default, 50256, has no row
         (NO_EOS, (280, None), {}, None, set()),
@@ -206,6 +207,7 @@ def test_the_ids_that_start_and_end_a_text(model_dir, settings, config, generati
     encoder = load_encoder(model_dir)
     assert encoder.decode([279]) == "<|endoftext|>"
     assert (encoder.start_id, encoder.end_ids) == (start, ends)
+    assert {type(token_id) for token_id in {start or 0, *encoder.end_ids}} == {int}
 
 
 def assert_ids(model_dir, name):
