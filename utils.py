@@ -108,7 +108,6 @@ def download_gpt2_files(model_size: str, model_dir: str) -> None:
 def download(session, url, path, sha256):
     """Download url to path. After a failure that may pass, go on where it stopped."""
     import requests
-    from requests.exceptions import ChunkedEncodingError
 
     part = path + ".part"
     n_failures = 0  # since the last progress
@@ -117,7 +116,11 @@ def download(session, url, path, sha256):
         size = size_of(part)
         try:
             return receive(session, url, path, sha256)
-        except (requests.ConnectionError, requests.Timeout, ChunkedEncodingError) as error:
+        except (
+            requests.ConnectionError,
+            requests.Timeout,
+            requests.exceptions.ChunkedEncodingError,
+        ) as error:
             if size_of(part) > size:
                 n_failures = 0
                 deadline = math.inf
@@ -282,10 +285,10 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[E
 
 def find_model_dir(model_size, models_dir):
     """Return the folder of a model: in models_dir, or a path. It may not exist yet."""
-    model_dir = os.path.join(models_dir, model_size)
+    model_dir = os.path.expanduser(os.path.join(models_dir, model_size))
     path = os.path.expanduser(model_size)
     if not os.path.isdir(model_dir):
-        if os.path.dirname(path) and os.path.isdir(path):
+        if re.search(r"[/\\]|^\.", path) and os.path.isdir(path):
             return path
         if model_size == BUNDLED.name:
             return str(BUNDLED)
@@ -315,7 +318,7 @@ def find_checkpoint(model_dir):
     path = os.path.join(model_dir, "checkpoint")
     if not os.path.isfile(path):
         return None
-    content = Path(path).read_text(encoding="utf-8", errors="replace")
+    content = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     match = re.search(r"""^\s*model_checkpoint_path\s*:\s*["'](.+)["']""", content, re.MULTILINE)
     if not match:
         raise ValueError(f"{path} does not name a checkpoint; {REPLACE}")
@@ -374,7 +377,8 @@ def is_known(data):
 
 def data_files(prefix):
     """Return the paths of a checkpoint's data files. If there are none, return the usual path."""
-    return sorted(glob.glob(glob.escape(prefix) + ".data-*")) or [prefix + DATA_SUFFIX]
+    # A backup beside them has another name.
+    return sorted(glob.glob(glob.escape(prefix) + ".data-?????-of-?????")) or [prefix + DATA_SUFFIX]
 
 
 def last_change(prefix):
@@ -535,8 +539,11 @@ def import_tensorflow(prefix):
 
 @contextlib.contextmanager
 def plain_path(path):
-    """Yield path, or a path of links to its files if it has *, ? or [, patterns for TensorFlow."""
-    if not glob.has_magic(path):
+    """Yield path, or a path of links to its files if TensorFlow cannot take it.
+
+    In a path, *, ? and [ are patterns, and bytes that are not UTF-8 are an error there.
+    """
+    if not re.search(r"[*?[\ud800-\udfff]", path):
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:

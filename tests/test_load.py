@@ -165,15 +165,24 @@ def test_a_checkpoint_saved_again(model_dir):
         ("it's", '"it\'s"'),
     ],
 )
-def test_the_file_checkpoint_names_the_files(model_dir, name, quoted):
+@pytest.mark.parametrize("start", ["  ", "\ufeff"])
+def test_the_file_checkpoint_names_the_files(model_dir, name, quoted, start):
     for path in model_dir.glob("model.ckpt.*"):
         path.rename(model_dir / path.name.replace("model.ckpt", name))
-    (model_dir / "checkpoint").write_text(f"  model_checkpoint_path:  {quoted}\n")
+    (model_dir / "checkpoint").write_text(f"{start}model_checkpoint_path:  {quoted}\n")
     check_params(load(model_dir)[2])
 
 
-def test_unusual_names_of_folders(small_model, tmp_path):
-    check_params(load(copy_model(small_model, tmp_path / "models [1]" / "*[2]? é 中"))[2])
+@pytest.mark.parametrize("name", ["models [1]/*[2]? é 中", os.fsdecode(b"\xff")])
+def test_unusual_names_of_folders(small_model, tmp_path, name):
+    check_params(load(copy_model(small_model, tmp_path / name))[2])
+
+
+def test_a_backup_beside_the_data_file(model_dir, monkeypatch):
+    load(model_dir)
+    shutil.copy(model_dir / DATA, model_dir / f"{DATA}.bak")
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    check_params(load(model_dir)[2])
 
 
 @pytest.mark.parametrize(
@@ -200,6 +209,9 @@ def test_paths_of_folders(small_model, monkeypatch):
     path = f"{small_model.parent.name}/small"
     for name in (str(small_model), path, f"./{path}/", "~/small"):
         assert load_encoder_hparams_and_params(name, "models")[1] == SMALL_HPARAMS
+    assert load_encoder_hparams_and_params("small", "~")[1] == SMALL_HPARAMS
+    monkeypatch.chdir(small_model)
+    assert load_encoder_hparams_and_params(".", "models")[1] == SMALL_HPARAMS
     monkeypatch.chdir(small_model.parent)
     with pytest.raises(ValueError, match="there is no model in .*/models/small"):
         load_encoder_hparams_and_params("small", "models")
@@ -383,8 +395,9 @@ def replaced_with_the_same_mtime(path):
         (lambda path: os.utime(path, ns=(1, 1)), True),
         (replaced_with_the_same_mtime, False),
         (lambda path: path.write_bytes(path.read_bytes() + b"\0\0\0\0"), True),
+        (lambda path: os.link(path, path.with_name("link")), True),
     ],
-    ids=["touched", "replaced", "grown"],
+    ids=["touched", "replaced", "grown", "linked"],
 )
 def test_a_changed_data_file_is_verified_again(model_dir, monkeypatch, change, right):
     load(model_dir)
