@@ -374,6 +374,9 @@ def read_encoder(folder, config):
             settings = GPT2_TOKENIZER | settings
             rebuild(tokenizer, settings)
         encoder = make_encoder(tokenizer, added_tokens(folder, settings, tokenizer))
+        starts = []
+        for key in ("bos_token", "eos_token"):
+            starts.append(encoder.encoder.get(as_token(settings.get(key))["content"]))
     except (AttributeError, LookupError, TypeError, UnicodeError) as error:
         files = "tokenizer.json, vocab.json or tokenizer_config.json"
         raise ValueError(f"{folder}: {files} is damaged: {error!r}") from None
@@ -382,9 +385,6 @@ def read_encoder(folder, config):
     ends = config.get("eos_token_id", DEFAULT_ID)
     if not isinstance(ends, list):
         ends = [ends]
-    starts = []
-    for key in ("bos_token", "eos_token"):
-        starts.append(encoder.encoder.get(as_token(settings.get(key))["content"]))
     starts += [config.get("bos_token_id", DEFAULT_ID), *ends]
     rows = range(min(config["n_vocab"], len(encoder.encoder)))
     # The ids come from rows, which has 5, not from the files, which may have 5.0 or true.

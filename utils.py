@@ -255,7 +255,7 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str) -> tuple[E
     missing, and what download_gpt2_files raises.
     """
     model_dir = find_model_dir(model_size, models_dir)
-    if not os.path.isdir(model_dir) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model_size):
+    if not os.path.exists(model_dir) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model_size):
         note(f"downloading {model_size} from the Hugging Face Hub")
         hugging_face.download(model_size, model_dir)
     tf_ckpt_path = find_checkpoint(model_dir)
@@ -288,7 +288,7 @@ def find_model_dir(model_size, models_dir):
     model_dir = os.path.expanduser(os.path.join(models_dir, model_size))
     path = os.path.expanduser(model_size)
     if not os.path.isdir(model_dir):
-        if re.search(r"[/\\]|^\.", path) and os.path.isdir(path):
+        if re.search(r"[/\\]|^\.", path) and os.path.exists(path):
             return path
         if model_size == BUNDLED.name:
             return str(BUNDLED)

@@ -324,6 +324,12 @@ def test_a_damaged_tokenizer_is_refused(copy, fault):
     assert_one_line(model_dir, ValueError, "tokenizer.json")
 
 
+@pytest.mark.parametrize("token", [["x"], {}, {"content": 5}, "\ud800"])
+def test_a_damaged_start_token_is_refused(model_dir, token):
+    edit(model_dir, {"tokenizer_config.json": {"bos_token": token}})
+    assert_one_line(model_dir, ValueError, "tokenizer_config.json is damaged")
+
+
 # config.json
 
 

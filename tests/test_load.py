@@ -195,6 +195,7 @@ def test_a_backup_beside_the_data_file(model_dir, monkeypatch):
         ("GPT2-XL", "did you mean 1558M[?]"),
         ("a/b/c", "/a/b/c, .* holds nothing"),
         ("a\0b", "there is no model"),
+        ("small/vocab.bpe", "no model in .*/small/vocab.bpe, .*/small holds .* vocab.bpe;"),
     ],
 )
 def test_unknown_names_raise(small_model, name, match):
