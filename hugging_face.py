@@ -374,9 +374,10 @@ def read_encoder(folder, config):
             settings = GPT2_TOKENIZER | settings
             rebuild(tokenizer, settings)
         encoder = make_encoder(tokenizer, added_tokens(folder, settings, tokenizer))
-        starts = []
-        for key in ("bos_token", "eos_token"):
-            starts.append(encoder.encoder.get(as_token(settings.get(key))["content"]))
+        starts = [
+            encoder.encoder.get(as_token(settings.get(key))["content"])
+            for key in ("bos_token", "eos_token")
+        ]
     except (AttributeError, LookupError, TypeError, UnicodeError) as error:
         files = "tokenizer.json, vocab.json or tokenizer_config.json"
         raise ValueError(f"{folder}: {files} is damaged: {error!r}") from None
@@ -554,4 +555,5 @@ def ask_hub(function, name, **options):
         return function(name, **options)
     except Exception as error:
         problem = " ".join(str(error).split()) or type(error).__name__
+        problem = re.sub(r"\?[^\s']+=[^\s']+", "", problem)  # the signature of an address
         raise ConnectionError(f"cannot download {name} from the Hub: {problem}") from None

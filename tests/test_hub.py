@@ -16,6 +16,7 @@ import pytest
 from helpers import DATA_DIR, ROOT
 from hugging_face_kinds import edit
 
+import hugging_face
 from utils import load_encoder_hparams_and_params
 
 pytest.importorskip("huggingface_hub")
@@ -203,6 +204,17 @@ def test_without_the_package_a_line_says_how_to_install_it(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match="^someone/whole .*pip install huggingface_hub$"):
         load_encoder_hparams_and_params("someone/whole", str(tmp_path))
+
+
+def test_no_message_shows_a_signature():
+    """The Hub sends its clients to signed addresses of its storage."""
+
+    def refuse(name):
+        raise OSError(f"403 for url 'https://cdn/{name}?X-Signature=secret&Id=5'.\nThe end?")
+
+    message = "cannot download a/b from the Hub: 403 for url 'https://cdn/a/b'. The end?"
+    with pytest.raises(ConnectionError, match=f"^{re.escape(message)}$"):
+        hugging_face.ask_hub(refuse, "a/b")
 
 
 SLOW = "someone/slow"
