@@ -388,9 +388,8 @@ def read_encoder(folder, config):
         ends = [ends]
     starts += [config.get("bos_token_id", DEFAULT_ID), *ends]
     rows = range(min(config["n_vocab"], len(encoder.encoder)))
-    # The ids come from rows, which has 5, not from the files, which may have 5.0 or true.
-    encoder.start_id = next((row for i in starts for row in rows if row == i), None)
-    encoder.end_ids = frozenset(row for row in rows if row in ends)
+    encoder.start_id = next((int(i) for i in starts if i in rows), None)  # a file may have 5.0
+    encoder.end_ids = frozenset(int(i) for i in ends if i in rows)
     return encoder
 
 

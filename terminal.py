@@ -128,8 +128,8 @@ def converted(text, annotation, name):
     """Convert the text of an argument to the first type of its annotation. Raises UsageError."""
     kind = next(iter(get_args(annotation)), annotation)
     try:
-        return ["False", "True"].index(text) if kind is bool else kind(text)
-    except ValueError:
+        return {"True": True, "False": False}[text] if kind is bool else kind(text)
+    except (KeyError, ValueError):
         rule = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
         raise UsageError(f"--{name} must be {rule}, got {text!r}; {QUOTES}") from None
 
