@@ -60,7 +60,7 @@ def hidden_states(ids: Ids, params: dict, n_head: int) -> Array:
     ids [n_seq] -> float32 [n_layer + 1, n_seq, n_embd]. Raises TypeError or ValueError for ids
     that are not in the vocabulary or do not fit into the context.
     """
-    token_ids = check_ids(ids, len(params["wte"]))
+    token_ids = check_ids(ids, len(params["wte"]), max_ndim=1)
     n_seq = len(token_ids)
     n_ctx = len(params["wpe"])
     if n_seq > n_ctx:
@@ -180,22 +180,20 @@ def predict(logits: Array, ids: Ids, n_likeliest: int) -> list[Prediction]:
     if not np.isfinite(logits).all():
         raise ValueError("the logits are not finite: the parameters are damaged")
     next_id = int(logits[-1].argmax())
+    n_likeliest = min(n_likeliest, logits.shape[-1])
     predictions = []
     for row, token_id in zip(logits, [*ids, next_id], strict=True):
         likeliest = np.argpartition(-row, n_likeliest - 1)[:n_likeliest]
-        order = np.lexsort((likeliest, -row[likeliest]))  # of equal logits, the lower id first
-        likeliest = likeliest[order]
+        likeliest = sorted(likeliest.tolist(), key=lambda i: (-row[i], i))  # the lower id first
         shifted = row - row.max()
-        total = np.exp(shifted).sum()
-        bits = (np.log(total) - shifted) / math.log(2)
+        bits = (np.log(np.exp(shifted).sum()) - shifted) / math.log(2)
         bits = bits.astype(np.float64).round(5)  # float32 has no more digits
-        rank = 1 + int((row > row[token_id]).sum())
         predictions.append(
             Prediction(
-                likeliest.tolist(),
+                likeliest,
                 bits[likeliest].tolist(),
                 token_id,
-                rank,
+                1 + int((row > row[token_id]).sum()),
                 float(bits[token_id]),
             )
         )
@@ -243,9 +241,7 @@ class Group(NamedTuple):
 def groups(ids: Ids, encoder: Encoder) -> list[Group]:
     """Group tokens that share a character, as people see it: an emoji, a letter with accents."""
     text = encoder.decode_bytes(ids).decode("utf-8", "ignore")
-    characters = regex.findall(r"\X", text)
-    sizes = [len(character.encode()) for character in characters]
-    ends = set(itertools.accumulate(sizes))
+    ends = set(itertools.accumulate(len(each.encode()) for each in regex.findall(r"\X", text)))
     grouped = []
     group = []
     n_bytes = 0
@@ -282,8 +278,9 @@ SHADES = (  # pale to strong
 
 def painted(text: str, colour: int) -> str:
     """Return text on a colour, which does not run to the edge of the terminal after a line."""
-    escaped = rf"\033[38;5;16;48;5;{colour}m\g<0>\033[0m"
-    return regex.sub(r"[^\n]+", escaped, text.replace("\n", "↵\n"))
+    return regex.sub(
+        r"[^\n]+", rf"\033[38;5;16;48;5;{colour}m\g<0>\033[0m", text.replace("\n", "↵\n")
+    )
 
 
 def percent(bits: float) -> str:
@@ -344,8 +341,10 @@ def likeliest_lines(following: Prediction, encoder: Encoder) -> list[str]:
 
 def summary(reading: Reading) -> str:
     """Return one line with the figures of a reading."""
-    figures = f"perplexity {reading.perplexity:.2f}, {reading.bits_per_byte:.4f} bits per byte"
-    return f"tokens: {len(reading.ids):,}, {figures}"
+    return (
+        f"tokens: {len(reading.ids):,}, perplexity {reading.perplexity:.2f}, "
+        f"{reading.bits_per_byte:.4f} bits per byte"
+    )
 
 
 def table(reading: Reading, encoder: Encoder) -> str:
@@ -355,8 +354,7 @@ def table(reading: Reading, encoder: Encoder) -> str:
     """
     lines = []
     for i, each in enumerate(reading.predictions[:-1], 1):
-        cells = [str(i), token_text(each.token_id, encoder)]
-        cells += [f"{2**-each.bits:.6g}", str(each.rank)]
+        cells = [str(i), token_text(each.token_id, encoder), f"{2**-each.bits:.6g}", str(each.rank)]
         cells += [token_text(likely, encoder) for likely in each.likeliest[:3]]
         lines.append("\t".join(cells) + "\n")
     return "".join(lines)
@@ -375,16 +373,13 @@ def page(reading: Reading, name: str, model: tuple) -> str:
     n_head = hparams["n_head"]
     ids = [*reading.start_ids, *reading.ids]
     n_extra = len(reading.start_ids) - 1  # the page shows several start tokens as one
-    lens = []
-    for x in hidden_states(ids, params, n_head)[:, n_extra:]:
-        logits = unembed(x, params)
-        lens.append(predict(logits, reading.ids, N_LENS))
+    states = hidden_states(ids, params, n_head)[:, n_extra:]
+    lens = [predict(unembed(x, params), reading.ids, N_LENS) for x in states]
     attention = None
     if len(reading.ids) <= MAX_ATTENTION_TOKENS:
         attention = packed(attention_weights(ids, params, n_head), n_extra)
-    shown = set(ids)
-    for each in itertools.chain(reading.predictions, *lens):
-        shown.update(each.likeliest)
+    predictions = itertools.chain(reading.predictions, *lens)
+    shown = set(ids).union(*[each.likeliest for each in predictions])
     data = reading._asdict() | {
         "model": hparams | {"name": name},
         "ids": ids[n_extra:],
@@ -393,9 +388,8 @@ def page(reading: Reading, name: str, model: tuple) -> str:
         "lens": lens,
         "attention": attention,
     }
-    # JSON is ASCII. Without this character, it cannot end the script element or begin another one.
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    text = text.replace("<", "\\u003c")
+    # JSON is ASCII. Without a <, it cannot end the script element or begin another one.
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     # The browser runs only scripts that know the nonce. A text cannot contain its own digest.
     nonce = hashlib.sha256(text.encode()).hexdigest()
     template = (FOLDER / "look.html").read_text(encoding="utf-8")
@@ -422,7 +416,7 @@ def whole_file(path: str) -> Iterator[TextIO]:
     """
     is_stream = os.path.exists(path) and not os.path.isfile(path)
     target = os.path.realpath(path)
-    part = path if is_stream else f"{target}.part"
+    part = path if is_stream else f"{target}.{os.getpid()}.part"
     if path == "/dev/stdout":  # which may be a file that others have written into
         is_stream = True
         part = os.dup(1)
@@ -477,11 +471,10 @@ def command(
 
     There are no colours if NO_COLOR is set or TERM is dumb.
     """
-    if not html:
+    if html is None:
         reading, model = load_and_read(text, model_size, models_dir)
-        if sys.stdout.isatty():
-            return [terminal_view(reading, model[0])]
-        return [table(reading, model[0])]
+        view = terminal_view if sys.stdout.isatty() else table
+        return [view(reading, model[0])]
     with whole_file(html) as file:
         reading, model = load_and_read(text, model_size, models_dir)
         file.write(page(reading, model_size, model))
@@ -499,8 +492,10 @@ def load_and_read(word: str, model_size: str, models_dir: str) -> tuple[Reading,
     model = load_encoder_hparams_and_params(model_size, models_dir)
     reading = read(text, model)
     if reading.n_left_out:
-        message = f"only the first {len(reading.ids):,} tokens fit into the context"
-        note(f"look.py: {message}; {reading.n_left_out:,} are left out")
+        note(
+            f"look.py: only the first {len(reading.ids):,} tokens fit into the context; "
+            f"{reading.n_left_out:,} are left out"
+        )
     return reading, model
 
 

@@ -23,6 +23,7 @@ from helpers import (
     bash,
     float64_softmax,
     map_arrays,
+    python,
     random_params,
     write_vocabulary,
 )
@@ -109,6 +110,13 @@ def test_too_many_ids():
         look.hidden_states(range(33), random_params(SMALL_HPARAMS), 3)
 
 
+@pytest.mark.parametrize("ids", [[[1, 2]], [[1], [2]], 1])
+def test_ids_of_another_shape(ids):
+    for function in (look.hidden_states, look.logit_lens, look.attention_weights):
+        with pytest.raises(TypeError, match="expected a sequence of integers"):
+            function(ids, random_params(SMALL_HPARAMS), 3)
+
+
 @pytest.fixture(scope="module")
 def two_starts(model):
     """The model with a template that puts two tokens before each text."""
@@ -139,6 +147,11 @@ def test_equal_logits_are_in_the_order_of_their_ids():
     logits[0, ::30] = 1
     (found,) = look.predict(logits, [], 10)
     assert found.likeliest == [*range(0, 300, 30)]
+
+
+def test_a_vocabulary_of_few_tokens():
+    (found,) = look.predict(np.log([[0.125, 0.5, 0.125, 0.25]]), [], 10)
+    assert found == ([1, 3, 0, 2], [1, 2, 3, 3], 1, 1, 1)
 
 
 def test_damaged_parameters_are_one_error(model):
@@ -252,6 +265,7 @@ def test_a_file_can_be_named(run):
     [
         (["-"], "standard input is not UTF-8: invalid start byte at byte 1"),
         (["", "--html", "page"], "the text is empty, or the context has no place for it"),
+        (["x", "--html", ""], "cannot write : Is a directory"),
         (["x", "--html", "/dev/full"], "cannot write /dev/full: No space left on device"),
         *(
             # This is found before the work, which would say that the model is absent.
@@ -320,13 +334,26 @@ def test_a_page_is_written_whole_or_not_at_all(run, monkeypatch):
     Path("page").write_text("old")
 
     def interrupted(*_):
-        os.truncate("page.part", 0)  # it is there: half a page
+        (part,) = Path.cwd().glob("page.*")
+        os.truncate(part, 0)  # it is there: half a page
         raise KeyboardInterrupt
 
     monkeypatch.setattr(look, "page", interrupted)
     assert run("ab", "--html", "page")[0] == 130
     assert Path("page").read_text() == "old"
     assert os.listdir() == ["page"]
+
+
+def test_two_programs_write_one_page(tmp_path):
+    """The second one begins after the first one and ends before it."""
+    path = tmp_path / "page"
+    words = ["ab", "--model_size", "tiny", "--html", path]
+    with look.whole_file(str(path)) as file:
+        file.write("first")
+        assert python(ROOT / "examples" / "look.py", *words)[0] == 0
+        assert is_page(path.read_text())
+    assert path.read_text() == "first"
+    assert os.listdir(tmp_path) == ["page"]
 
 
 # The page in a browser
