@@ -45,7 +45,6 @@ BYTES_PER_TOKEN = 8  # other fields of a line need memory, too: they count as so
 DECOMPRESSORS = {".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 FIGURES = ["n_tokens", "nats", "perplexity", "bits_per_byte", "greedy", "end_nats"]
 FIGURES += ["tokens", "token_nats", "error"]
-RECORD_SUFFIX = ".run"
 
 
 def command(
@@ -87,14 +86,16 @@ def command(
 
     The manual is examples/README.md.
     """
-    if workers is not None and (workers < 1 or scheduler):
-        raise UsageError("--workers must be 1 or more, and there must be no --scheduler")
-    if context_field is not None and context_field == (field or "text"):
-        raise UsageError("--context_field and --field must be different fields")
+    if workers is not None and (not 1 <= workers <= 1000 or scheduler):
+        raise UsageError("--workers must be from 1 to 1000, and there must be no --scheduler")
+    if output == "/dev/stdout":  # which may be a file, but has no place for a record
+        output = "-"
     models_dir = os.path.abspath(models_dir)  # workers may run in another folder
     with open_input(input) as source:
         if field is None and (context_field is not None or source.is_json_lines()):
             field = "text"
+        if field is not None and field == context_field:
+            raise UsageError("--context_field and --field must be different fields")
         model = load(model_size, models_dir)
         if end and not model.end_ids:
             raise ValueError("--end: the vocabulary has no token for the end of a text")
@@ -135,7 +136,14 @@ class Input:
         name = self.path.lower().removesuffix(".gz")
         if name.endswith((".json", ".jsonl", ".ndjson")):
             return True
-        beginning = self.file.peek(1).lstrip(b"\xef\xbb\xbf\r\n\t ")
+        lines = []
+        beginning = b""
+        for line in self.file:
+            lines.append(line)
+            beginning = line.lstrip(b"\xef\xbb\xbf\r\n\t ")
+            if beginning:
+                break
+        self.file = itertools.chain(lines, self.file)
         return beginning.startswith(b"{") and not name.endswith(".txt")
 
     def lines(self):
@@ -155,8 +163,10 @@ def open_input(path):
     """Open the input. Raises ValueError if it is damaged, or compressed otherwise than as .gz."""
     suffix = Path(path).suffix.lower()
     if suffix in DECOMPRESSORS:
-        pipe = f"{DECOMPRESSORS[suffix]} -dc {path} | python examples/score.py -"
-        raise ValueError(f"{path}: only .gz is read directly; use a pipe: {pipe}")
+        raise ValueError(
+            f"{path}: only .gz is read directly; use a pipe: "
+            f"{DECOMPRESSORS[suffix]} -dc {path} | python examples/score.py -"
+        )
     try:
         with sys.stdin.buffer if path == "-" else open(path, "rb") as raw:
             yield Input(path, raw, gzip.GzipFile(fileobj=raw) if suffix == ".gz" else raw)
@@ -308,7 +318,7 @@ def to_rows(before, ids, end, model):
 
 @np.errstate(all="ignore")  # damaged parameters cause one error, not many warnings
 def score(model_size, models_dir, identity, rows):
-    """Score the targets of a batch of Rows, one after another -> float32 [2, n].
+    """Score the targets of a batch of Rows, the longest first -> float32 [2, n].
 
     They are the nats of each target, and whether no other token was more likely. This runs in a
     thread of a worker. Raises ValueError if the worker's model is another one, or not intact.
@@ -316,8 +326,7 @@ def score(model_size, models_dir, identity, rows):
     model = load(model_size, models_dir)
     if model.identity != identity:
         raise ValueError(f"{model_size} is another model here; replace it and restart the worker")
-    longest = max(len(row.ids) for row in rows)
-    ids = np.zeros((len(rows), longest), np.int64)  # padded after the targets, which see no padding
+    ids = np.zeros((len(rows), len(rows[0].ids)), np.int64)  # padding comes after the targets
     is_target = np.zeros(ids.shape, bool)
     for i, row in enumerate(rows):
         end = len(row.ids)
@@ -353,9 +362,13 @@ def dask_workers(n_workers, scheduler):
     from dask import config
 
     logging.disable()  # Dask logs tracebacks; one line is enough
-    # Dask's default makes malloc return memory at once: a batch would take a quarter longer.
-    config.set({"distributed.nanny.pre-spawn-environ": {}})
-    config.set({"distributed.scheduler.allowed-failures": 20})
+    config.set(
+        {
+            # By default, malloc returns memory at once: a batch would take a quarter longer.
+            "distributed.nanny.pre-spawn-environ": {},
+            "distributed.scheduler.allowed-failures": 20,
+        }
+    )
     options = {}
     if scheduler is None:
         options = {
@@ -437,8 +450,7 @@ def score_windows(source, job, model, submit, count_slots):
     """
     waiting = deque()
     size = os.fstat(source.raw.fileno()).st_size or None  # 0 for a pipe
-    start = source.position()
-    with progress_bar(total=size, initial=start, unit="B", unit_scale=True) as bar:
+    with progress_bar(total=size, initial=source.position(), unit="B", unit_scale=True) as bar:
         while texts := read_texts(source, job, model):
             running = {submit(rows): rows for rows in to_batches(texts)}
             waiting.append(Window(texts, source.crc, source.position(), running))
@@ -467,7 +479,7 @@ def figures(text, job, encoder):
     """Return the figures of a text."""
     n_tokens = len(text.ids)
     scores = [row.scores for row in text.rows]
-    nats, is_likeliest = np.concatenate([np.empty((2, 0)), *scores], axis=1)
+    nats, is_likeliest = np.hstack([np.empty((2, 0)), *scores])
     rounded = nats.round(6).tolist()
     total = round(float(nats[:n_tokens].sum()), 6)
     result = {"n_tokens": n_tokens, "nats": total} | averages(total, n_tokens, text.n_bytes)
@@ -533,8 +545,9 @@ def report(progress):
         f"perplexity: {mean['perplexity']}, bits per byte: {mean['bits_per_byte']}"
     )
     if progress.errors:
-        first = progress.first_error
-        raise ValueError(f"{summary}, errors: {progress.errors}, the first in line {first}")
+        raise ValueError(
+            f"{summary}, errors: {progress.errors}, the first in line {progress.first_error}"
+        )
     note(f"score.py: {summary}, errors: 0")
 
 
@@ -559,7 +572,7 @@ def write(windows, path, job, source, encoder):
         if is_file:
             progress = resume(file, path, job, source)
             rest = file.read()
-            record = stack.enter_context(open(path + RECORD_SUFFIX, "ab"))
+            record = stack.enter_context(open(path + ".run", "ab"))
         try:
             for window in windows:
                 content, later = add_window(progress, window, job, encoder)
@@ -589,10 +602,10 @@ def lock(file, path):
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # on Windows
-        pass
     except BlockingIOError:
         raise ValueError(f"another run is writing {path}; use another --output") from None
+    except (ImportError, OSError):  # Windows and some network file systems have no locks
+        pass
 
 
 def resume(file, path, job, source):
@@ -601,7 +614,7 @@ def resume(file, path, job, source):
     Raises ValueError if another run writes this file, or something does not belong to this run.
     """
     lock(file, path)
-    record = Path(path + RECORD_SUFFIX)
+    record = Path(path + ".run")
     header = json.dumps({"record": "score.py"} | job._asdict()).encode()
     content = record.read_bytes() if record.exists() else b""
     if content and not content.startswith(header[:20]):

@@ -1,6 +1,7 @@
 """examples/score.py with a small random model: figures, kinds of input, continuing, Dask."""
 
 import contextlib
+import errno
 import functools
 import gzip
 import json
@@ -156,6 +157,12 @@ def test_texts_after_contexts_are_scored_as_by_transformers(score_rows):
         assert (document["greedy"], document["text"]) == (row["greedy"], 1)
 
 
+def test_a_field_without_a_name(score_rows, encoding):
+    options = ["--field=", "--context_field=text", "--end", "--tokens"]
+    (document,) = score_rows([{"": " and", "text": "the"}], *options)
+    assert_figures(document, expected("the", " and", encoding.encode_ordinary, predict), " and")
+
+
 def test_a_token_with_parts_of_context_and_text_is_an_error(score_rows):
     """The rule would give the first text no token: 0 nats, and always greedy."""
     pairs = {" t": "he", " an": "d the", "th": "e", "the": " he", "he": ""}
@@ -188,6 +195,7 @@ INPUTS = [  # the name, the content, and of each line the text or the number of 
     ("texts.TXT.gz", gzip.compress(PLAIN), PLAIN_TEXTS),
     ("texts", ROWS, ROW_TEXTS),
     ("texts.gz", gzip.compress(ROWS[:30]) + gzip.compress(ROWS[30:]), ROW_TEXTS),
+    ("texts", b"\n" * 9000 + b'{"text": "the"}', [*range(1, 9001), "the"]),
     ("texts.jsonl", b"[]\n", [1]),
     ("texts.txt", b'{"text": "the"}', ['{"text": "the"}']),
     ("utf-16.txt", "the\n漢字\n".encode("utf-16"), [1, 2, 3]),
@@ -266,8 +274,10 @@ def test_the_summary_counts_all_texts(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "status", "parts"),
     [
-        (["x.txt", "--workers", "0"], 2, ["--workers", "1 or more"]),
-        (["x.txt", "--context_field", "text"], 2, ["--context_field", "--field"]),
+        (["x.txt", "--workers", "0"], 2, ["--workers", "from 1 to 1000"]),
+        (["x.txt", f"--workers={2**70}"], 2, ["--workers", "from 1 to 1000"]),
+        ([ROOT / "LICENSE", "--context_field", "text"], 2, ["--context_field", "--field"]),
+        ([ROOT / "LICENSE", "--context_field=", "--field="], 2, ["--context_field", "--field"]),
         ([ROOT / "LICENSE", "--output", "/dev/full"], 1, ["No space left"]),
         ([ROOT / "LICENSE", "--workers", "1"], 1, ["pip install distributed"]),
     ],
@@ -491,11 +501,31 @@ def test_one_of_two_runs_with_the_same_output_works(models_dir, run, corpus, tmp
     path, whole = corpus
     output = tmp_path / "scores.jsonl"
     with start(models_dir, "-", "--output", output) as process:
-        feed(process, b"{")
+        lines = path.read_bytes().splitlines(keepends=True)
+        feed(process, lines[0])
         wait_for(lambda: size(output.with_name("scores.jsonl.run")))
         assert_one_line(run(path, "--output", output), 1, "another run is writing")
-        process.communicate(path.read_bytes()[1:], timeout=300)
+        process.communicate(b"".join(lines[1:]), timeout=300)
     assert output.read_bytes() == whole
+
+
+def test_a_file_system_without_locks(run, corpus, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOSYS, "not implemented")))
+    assert run(corpus[0], "--output", tmp_path / "scores.jsonl")[0] == 1
+    assert (tmp_path / "scores.jsonl").read_bytes() == corpus[1]
+
+
+def test_standard_output_may_be_a_file(models_dir, tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("the rain\n")
+    for n_runs in (1, 2):
+        with (
+            open(tmp_path / "log", "a") as log,
+            start(models_dir, path, "--output", "/dev/stdout", stdout=log) as process,
+        ):
+            assert end_of(process)[0] == 0
+        assert len(read_lines((tmp_path / "log").read_bytes())) == n_runs
 
 
 def test_the_identity_of_a_model_depends_on_its_vocabulary(models_dir, tmp_path):
