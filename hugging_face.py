@@ -374,10 +374,8 @@ def read_encoder(folder, config):
             settings = GPT2_TOKENIZER | settings
             rebuild(tokenizer, settings)
         encoder = make_encoder(tokenizer, added_tokens(folder, settings, tokenizer))
-        starts = [
-            encoder.encoder.get(as_token(settings.get(key))["content"])
-            for key in ("bos_token", "eos_token")
-        ]
+        names = [as_token(settings.get(key))["content"] for key in ("bos_token", "eos_token")]
+        starts: list[Any] = [encoder.encoder.get(name) for name in names]
     except (AttributeError, LookupError, TypeError, UnicodeError) as error:
         files = "tokenizer.json, vocab.json or tokenizer_config.json"
         raise ValueError(f"{folder}: {files} is damaged: {error!r}") from None

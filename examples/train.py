@@ -30,7 +30,7 @@ import numpy as np
 from encoder import WORD
 from gpt2 import continuation
 from terminal import note, progress_bar, read_text, run
-from utils import HPARAMS, load_encoder_hparams_and_params, variable_shapes
+from utils import HPARAMS, check_hparams, load_encoder_hparams_and_params, variable_shapes
 
 # TensorFlow, Keras and tokenizers are imported inside the functions that use them: TensorFlow takes
 # seconds and prints lines, so --help and errors in the arguments come before it.
@@ -59,13 +59,12 @@ class Options:
     paragraphs: int = 10
 
     def __post_init__(self) -> None:
+        check_hparams(vars(self), "the options")
         for name, value in vars(self).items():
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
+            if isinstance(value, int) and not 1 <= value <= 1_000_000_000:
+                raise ValueError(f"--{name} must be from 1 to 1000000000, got {value}")
             if isinstance(value, float) and not 0 <= value < 1:
                 raise ValueError(f"--{name} must be at least 0 and below 1, got {value}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
 
 
 # The text and its vocabulary
@@ -216,8 +215,7 @@ def new_optimizer(options: Options, weights: dict) -> Any:
         use_ema=True,
         ema_momentum=1 - 1 / min(rise, 100),
     )
-    vectors = [variable for variable in weights.values() if variable.ndim == 1]
-    optimizer.exclude_from_weight_decay(vectors)
+    optimizer.exclude_from_weight_decay([each for each in weights.values() if each.ndim == 1])
     optimizer.build(list(weights.values()))
     return optimizer
 
@@ -283,7 +281,8 @@ class Trainer:
     def train(self) -> None:
         """Train, and save the best weights at intervals and on Ctrl-C.
 
-        Raises ValueError if the loss becomes infinite, and OSError if the model cannot be saved.
+        Raises ValueError if the loss becomes infinite, OSError if the model cannot be saved, and
+        TensorFlow's OpError.
         """
         steps = self.options.steps
         interval = steps // 15 + 1
@@ -329,13 +328,15 @@ class Trainer:
             new = Path(folder, "new")
             old = Path(folder, "old")
             new.mkdir()
-            write_checkpoint(new / "model.ckpt", self.weights)
+            write_checkpoint(
+                new / "model.ckpt", {name: each.numpy() for name, each in self.weights.items()}
+            )
             (new / "hparams.json").write_text(json.dumps(self.hparams, indent=2) + "\n")
             (new / "encoder.json").write_text(json.dumps(ordered))
             _, merges = self.tokenizer.model.save(folder)
             Path(merges).rename(new / "vocab.bpe")
             try:
-                if self.model_dir.exists():
+                if self.best_loss < math.inf and self.model_dir.exists():
                     self.model_dir.rename(old)
                 new.rename(self.model_dir)
             finally:  # after an error or Ctrl-C between the two, the old folder comes back
@@ -343,20 +344,16 @@ class Trainer:
                     old.rename(self.model_dir)
 
 
-def write_checkpoint(prefix: Path, weights: dict) -> None:
-    """Write the weights as a checkpoint of TensorFlow 1. Raises OSError."""
+def write_checkpoint(prefix: Path, values: dict) -> None:
+    """Write {name: array} as a checkpoint of TensorFlow 1."""
     import tensorflow.compat.v1 as tf
 
-    values = {name: weight.numpy() for name, weight in weights.items()}
     with tf.Graph().as_default(), tf.Session() as session:
         for name, value in values.items():
             variable = tf.get_variable(name, value.shape)
             # Values that are fed are not stored in the graph, and so not in model.ckpt.meta.
             session.run(variable.initializer, {variable.initial_value: value})
-        try:
-            tf.train.Saver(save_relative_paths=True).save(session, str(prefix))
-        except tf.errors.OpError as error:
-            raise OSError(error.message) from None
+        tf.train.Saver(save_relative_paths=True).save(session, str(prefix))
 
 
 # The command line
@@ -401,7 +398,7 @@ def command(text: str, model_dir: str, **options: Any) -> Iterator[str]:
         "KERAS_BACKEND": "tensorflow",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
-    import tensorflow  # noqa: F401 (now, because it may be missing)
+    import tensorflow as tf  # now, because it may be missing
 
     limit = int(len(content) * (1 - settings.held_out))
     cut = content.rfind("\n", 0, limit) + 1 or limit  # at the start of a line, if possible
@@ -409,7 +406,10 @@ def command(text: str, model_dir: str, **options: Any) -> Iterator[str]:
     tokenizer = train_vocabulary(texts, settings.n_vocab)
     ids = encode(tokenizer, documents(content[cut:], settings.paragraphs))
     held_out = windows(ids, settings.n_ctx)[:: settings.n_ctx]
-    Trainer(texts, held_out, tokenizer, folder, settings).train()
+    try:
+        Trainer(texts, held_out, tokenizer, folder, settings).train()
+    except tf.errors.OpError as error:  # a full disk, or too little memory
+        raise OSError(error.message) from None
     model = load_encoder_hparams_and_params(folder.name, str(folder.parent))
     yield "A text of the model:\n\n"
     yield from continuation("", model, temperature=0.7)

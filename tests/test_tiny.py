@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -163,7 +164,7 @@ def test_a_wrong_option_of_the_file_run_in_another_folder(tmp_path):
     words = [ROOT / "examples" / "train.py", "my.txt", "mine", "--steps=0"]
     status, out, err = python(*words, cwd=tmp_path)
     assert (status, out) == (2, "")
-    assert err.startswith("train.py: --steps must be at least 1, got 0; --help")
+    assert err.startswith("train.py: --steps must be from 1 to 1000000000, got 0; --help")
 
 
 def test_documents():
@@ -193,7 +194,14 @@ def test_ids_are_those_of_the_saved_files(tmp_path):
 @pytest.mark.parametrize(
     ("option", "status", "words"),
     [
-        ("--n_head=3", 2, "--n_embd 16 is not a multiple of --n_head 3"),
+        ("--n_head=3", 2, "the options: n_embd is not a multiple of n_head"),
+        (
+            f"--n_vocab={10**30}",
+            2,
+            "the options: n_vocab must be .* from 1 to 1000000, got 10{30};",
+        ),
+        ("--paragraphs=5000000000", 2, "--paragraphs must be from 1 to 1000000000, got 50{9};"),
+        (f"--steps={10**30}", 2, "--steps must be from 1 to 1000000000, got 10{30};"),
         ("--learning_rate=nan", 2, "--learning_rate must be at least 0 and below 1, got nan"),
         ("--n_vocab=1024", 1, r"--n_vocab cannot be 1024 for this text, but it can be \d+$"),
         ("--n_vocab=256", 1, "--n_vocab cannot be 256 for this text, but it can be 257$"),
@@ -242,6 +250,32 @@ def test_ctrl_c_saves_the_model_if_it_has_learnt(text_file, tmp_path, capfd, mon
     else:
         line = f"stopped; step 1: held-out loss (.*) nats per token, saved in {target}"
         assert_model(target, re.fullmatch(line, message(capfd))[1])
+
+
+@needs_tensorflow
+def test_too_little_memory(text_file, tmp_path, capfd, monkeypatch):
+    from tensorflow.errors import ResourceExhaustedError
+
+    error = ResourceExhaustedError(None, None, "OOM when allocating tensor")
+    monkeypatch.setattr(train, "initial_weights", Mock(side_effect=error))
+    assert run(text_file, tmp_path / "mine", *OPTIONS) == 1
+    assert message(capfd) == "OOM when allocating tensor"
+
+
+@needs_tensorflow
+def test_a_model_of_another_program_is_not_replaced(text_file, tmp_path, capfd, monkeypatch):
+    target = tmp_path / "mine"
+    batches = train.Trainer.batches
+
+    def beside_another(trainer):
+        target.mkdir()
+        (target / "theirs").touch()
+        yield from batches(trainer)
+
+    monkeypatch.setattr(train.Trainer, "batches", beside_another)
+    assert run(text_file, target, *OPTIONS) == 1
+    assert re.search(f"Directory not empty.*{target}", message(capfd))
+    assert os.listdir(target) == ["theirs"]
 
 
 @needs_tensorflow
