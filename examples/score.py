@@ -90,7 +90,7 @@ def command(
         raise UsageError("--workers must be from 1 to 1000, and there must be no --scheduler")
     if output == "/dev/stdout":  # which may be a file, but has no place for a record
         output = "-"
-    models_dir = os.path.abspath(models_dir)  # workers may run in another folder
+    models_dir = os.path.abspath(os.path.expanduser(models_dir))  # workers may run elsewhere
     with open_input(input) as source:
         if field is None and (context_field is not None or source.is_json_lines()):
             field = "text"
