@@ -2,7 +2,8 @@
 
 BLAS's threads wait for one another in a loop that does nothing. On a busy machine, this costs more
 time than the work. So while a prompt is processed, BLAS has one thread, and the blocks of a product
-are spread over threads of our own. The products of a single token are left to BLAS's threads.
+are spread over threads of our own. The products of a single token are left to BLAS's threads, or
+to one thread while the machine is busy.
 """
 
 import collections
@@ -12,6 +13,7 @@ import functools
 import os
 import queue
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ BLOCK = 100_000  # elements at a time in functions of rows: they fit into the CP
 PROMPT_ROWS = 64  # a call with at least this many tokens uses our own threads
 FEW_ROWS = 64  # with fewer rows than this, (w.T @ x.T).T is faster than x @ w in OpenBLAS
 COLUMNS = 192  # of a product per block: fewer than 64 are slow, more than 384 are no faster
+MAX_WAIT = 0.016  # seconds. A call that waits longer for a core shows that the machine is busy
+BUSY_TIME = 4.0  # seconds. After such a call, BLAS has one thread for a while
 
 # glibc returns freed memory to the system, and new pages must be zeroed again. Freeing one large
 # block first raises its threshold, so later temporaries are reused: a prompt takes 8% less time.
@@ -106,6 +110,7 @@ helpers = []
 tasks = queue.SimpleQueue()  # functions for the helpers to call
 one_prompt = threading.RLock()  # each prompt uses all cores, and BLAS has one setting
 limiter = None  # of BLAS's threads, while there is a prompt
+busy_until = 0.0  # on the clock of time.perf_counter
 
 
 def ask_helpers(task, n):
@@ -132,22 +137,35 @@ def serve():
 def own_threads(n_rows):
     """Give BLAS one thread, and `for_blocks` as many as BLAS had.
 
-    Does nothing for few rows, for a caller that is inside already, and where BLAS has one thread.
+    For few rows, BLAS keeps its threads, or has one thread while the machine is busy. Does nothing
+    for a caller that is inside already, and where BLAS has one thread.
     """
-    global limiter
-    is_inside = this_thread.n_threads > 0
-    if n_rows < PROMPT_ROWS or is_inside or (limiter is None and blas_threads() == 1):
+    global busy_until, limiter
+    is_prompt = n_rows >= PROMPT_ROWS
+    if this_thread.n_threads > 0:
         yield
-        return
-    with one_prompt:
-        n_threads = blas_threads()
-        try:
-            with blas().limit(limits=1, user_api="blas") as limiter:
-                this_thread.n_threads = n_threads
-                yield
-        finally:
-            this_thread.n_threads = 0
-            limiter = None
+    elif not is_prompt and time.perf_counter() >= busy_until:
+        start = waiting_clock()
+        yield
+        if waiting_clock() - start > MAX_WAIT:
+            busy_until = time.perf_counter() + BUSY_TIME
+    elif blas_threads() == 1 and (limiter is None or not is_prompt):
+        yield
+    else:
+        with one_prompt:
+            n_threads = blas_threads() if is_prompt else 1
+            try:
+                with blas().limit(limits=1, user_api="blas") as limiter:
+                    this_thread.n_threads = n_threads
+                    yield
+            finally:
+                this_thread.n_threads = 0
+                limiter = None
+
+
+def waiting_clock():
+    """Return a time in seconds that goes on only while this thread has no core."""
+    return time.perf_counter() - time.thread_time()
 
 
 def blas_threads():

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
 if __name__ == "__main__":  # OpenBLAS reads this when it is loaded. Its idle threads sleep sooner.
-    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "8")
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for PYTHONSAFEPATH
 
 import numpy as np

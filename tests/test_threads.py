@@ -1,12 +1,14 @@
-"""The threads of a prompt: how many, what BLAS is set to, forks, errors and Ctrl-C, the results.
+"""Our threads and BLAS's: how many, forks, errors and Ctrl-C, the results.
 
 The oracle is the model in float64. Watcher is an activation, so it sees the threads from inside.
 """
 
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -33,9 +35,14 @@ def blas_threads():
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Let the small model have blocks for several threads in every function."""
+    """Let the small model have blocks for several threads in every function.
+
+    Other programs on this machine do not change what happens.
+    """
     monkeypatch.setattr(fast, "BLOCK", 2000)
     monkeypatch.setattr(gpt2, "ROWS", 32)
+    monkeypatch.setattr(fast, "MAX_WAIT", math.inf)
+    monkeypatch.setattr(fast, "busy_until", 0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +146,26 @@ def test_where_there_are_no_threads_of_ours(params):
     with one_thread, fast.one_prompt, ThreadPoolExecutor(1) as pool:  # it does not need the lock
         pool.submit(logits_of, 129, watched(params, alone)).result(300)
     assert (len(alone.threads), alone.blas) == (1, {1})
+
+
+def test_a_token_on_a_busy_machine_has_one_thread(params, exact, monkeypatch):
+    """A thread that sleeps has no core, like one that waits for other programs."""
+    monkeypatch.setattr(fast, "MAX_WAIT", 0.016)
+    logits_of(1, watched(params, Watcher(then=lambda x: time.sleep(0.02))))
+    monkeypatch.setattr(fast, "MAX_WAIT", math.inf)
+    busy = Watcher()
+    assert_exact(logits_of(63, watched(params, busy)), exact)
+    assert (len(busy.threads), busy.blas) == (1, {1})
+    prompt = Watcher(3)
+    logits_of(129, watched(params, prompt))
+    assert (len(prompt.threads), prompt.blas) == (3, {1})
+    with ThreadPoolExecutor(1) as pool:  # beside a prompt, a token does not wait for its end
+        inside = Watcher(then=lambda x: pool.submit(logits_of, 1, params).result(300))
+        logits_of(129, watched(params, inside))
+    monkeypatch.setattr(fast, "busy_until", time.perf_counter())
+    calm = Watcher()
+    logits_of(63, watched(params, calm))
+    assert calm.blas == {3}
 
 
 def test_where_no_thread_can_be_started(params, exact, monkeypatch):
