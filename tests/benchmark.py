@@ -616,13 +616,14 @@ def plot(tables, path):
     titles = [title for title in (IDLE, BUSY) if title in tables]
     panels = list(itertools.product(TIMES, titles))
     picture = pyplot.figure(figsize=(14, 9), layout="constrained")
+    picture.suptitle("Milliseconds (shorter is better). " + "; right: ".join(titles))
     for i, (row, title) in enumerate(panels, 1):
         values = tables[title][f"{row.what}, {row.unit}"]
         names = [name for name in values if name != PICO]
         axes = picture.add_subplot(len(TIMES), len(titles), i)
         bars = axes.barh(names, [statistics.median(values[name]) for name in names])
         axes.bar_label(bars, fmt="{:,.0f}", padding=2)
-        axes.set_title(f"{title}: {row.what} (ms, shorter is better)", fontsize=10)
+        axes.set_title(row.what, fontsize=10)
         axes.invert_yaxis()
         axes.margins(x=0.1)
         axes.set_xticks([])
