@@ -7,6 +7,7 @@ After a change of the model or the notebook, this command stores its outputs aga
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -46,7 +47,8 @@ def test_the_notebook_shows_what_is_stored(tmp_path):
         shutil.copy(path, tmp_path)
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     copy_model(REAL_MODELS_DIR / "tiny", tmp_path / "models" / "tiny")
-    result = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True)
+    env = os.environ | {"PYTHONDEVMODE": ""}  # or asyncio prints what took long into the notebook
+    result = subprocess.run(COMMAND, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for before, after in zip(code_cells(ROOT), code_cells(tmp_path), strict=True):
         expected = shown(before)
