@@ -116,7 +116,7 @@ class Encoder:
         """Return the ids of a text without special tokens."""
         ids = []
         for word in self.pat.findall(text):
-            ids += self.cache.get(word) or self.encode_word(word)
+            ids += self.cache.get(word) or self.encode_word(word)  # no word is without ids
         return ids
 
     def encode_word(self, word):

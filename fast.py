@@ -23,7 +23,7 @@ PROMPT_ROWS = 64  # a call with at least this many tokens uses our own threads
 FEW_ROWS = 64  # with fewer rows than this, (w.T @ x.T).T is faster than x @ w in OpenBLAS
 COLUMNS = 192  # of a product per block: fewer than 64 are slow, more than 384 are no faster
 MAX_WAIT = 0.016  # seconds. A call that waits longer for a core shows that the machine is busy
-BUSY_TIME = 4.0  # seconds. After such a call, BLAS has one thread for a while
+BUSY_TIME = 4.0  # seconds. For so long after such a call, single tokens have one thread
 
 # glibc returns freed memory to the system, and new pages must be zeroed again. Freeing one large
 # block first raises its threshold, so later temporaries are reused: a prompt takes 8% less time.
@@ -108,8 +108,8 @@ class ThisThread(threading.local):
 this_thread = ThisThread()
 helpers = []
 tasks = queue.SimpleQueue()  # functions for the helpers to call
-one_prompt = threading.RLock()  # each prompt uses all cores, and BLAS has one setting
-limiter = None  # of BLAS's threads, while there is a prompt
+one_prompt = threading.RLock()  # a prompt uses all cores, and BLAS has one setting for all threads
+limiter = None  # of BLAS's threads, while a call has limited them
 busy_until = 0.0  # on the clock of time.perf_counter
 
 
@@ -164,7 +164,10 @@ def own_threads(n_rows):
 
 
 def waiting_clock():
-    """Return a time in seconds that goes on only while this thread has no core."""
+    """Return a time in seconds that advances only while this thread does not run.
+
+    It waits for a core, or else for the disk or a lock, which is taken for the same.
+    """
     return time.perf_counter() - time.thread_time()
 
 
@@ -192,7 +195,7 @@ def forget_threads():
     helpers.clear()
     tasks = queue.SimpleQueue()
     one_prompt = threading.RLock()
-    if limiter is not None and not this_thread.n_threads:  # another thread had a prompt
+    if limiter is not None and not this_thread.n_threads:  # another thread had limited them
         limiter.restore_original_limits()
 
 

@@ -353,7 +353,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
     from terminal import progress_bar
 
     steps = stream(inputs, params, n_head, n_tokens_to_generate, **options)
-    # Without iter, list would reserve memory for the whole total.
+    # Without iter, list would ask the bar for its total, and reserve memory for it.
     rows = list(iter(progress_bar(steps, "generating", total=n_tokens_to_generate, leave=False)))
     n_samples = options.get("n_samples")
     if n_samples is None:
@@ -546,7 +546,7 @@ def continue_text(
     if ids == [None]:
         raise ValueError("the prompt is empty, and the model has no token that starts a text")
     options |= {"n_samples": n_samples, "stop_id": encoder.end_ids}
-    stops = TextDecoder(encoder, () if stop is None else stop).stops  # a list, read many times
+    stops = [stop] if isinstance(stop, str) else list(() if stop is None else stop)
     decoders = [TextDecoder(encoder, stops) for _ in range(n_samples)]
     for row in stream(ids, params, hparams["n_head"], n_tokens_to_generate, **options):
         pairs = list(zip(row, decoders, strict=True))
@@ -573,10 +573,10 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
     """
     from utils import load_encoder_hparams_and_params
 
-    texts = {name: options.pop(name, ()) for name in ("stop", "allowed_special")}
-    Options(n_tokens_to_generate=n_tokens_to_generate, **options)  # before a download
+    others = {name: options[name] for name in options if name not in ("stop", "allowed_special")}
+    Options(n_tokens_to_generate=n_tokens_to_generate, **others)  # before a download
     model = load_encoder_hparams_and_params(model_size, models_dir)
-    return "".join(printed(prompt, model, n_tokens_to_generate, **texts, **options))
+    return "".join(printed(prompt, model, n_tokens_to_generate, **options))
 
 
 # The command line

@@ -542,7 +542,7 @@ def download(name: str, model_dir: str) -> None:
             shutil.rmtree(part, ignore_errors=True)
             raise ValueError(f"{name} from the Hugging Face Hub: {error}") from None
         part.rename(folder)
-        for old in folder.parent.glob(f".{folder.name}.{'?' * 40}.part"):
+        for old in folder.parent.glob(f".{folder.name}.{'?' * 40}.part"):  # of other revisions
             shutil.rmtree(old)
 
 

@@ -32,7 +32,7 @@ def run(program: Callable, words: list[str], options: Callable = lambda: None) -
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
         sys.stdout.reconfigure(errors="replace")  # what cannot be encoded becomes a ?
-    sys.stdin = sys.stdin or io.TextIOWrapper(io.BytesIO())  # None, if it is closed
+    sys.stdin = sys.stdin or io.TextIOWrapper(io.BytesIO())  # None if it is closed
     status = 0
     try:
         if {"-h", "--help"} & set(words):
@@ -202,7 +202,7 @@ def show(pieces):
 
 def note(message: str) -> None:
     """Print one line on standard error, if that is possible."""
-    with contextlib.suppress(OSError, AttributeError):  # None, if it is closed
+    with contextlib.suppress(OSError, AttributeError):  # it is None if it is closed
         sys.stderr.write(" ".join(message.splitlines()) + "\n")
 
 

@@ -288,7 +288,8 @@ def find_model_dir(model_size, models_dir):
     model_dir = os.path.expanduser(os.path.join(models_dir, model_size))
     path = os.path.expanduser(model_size)
     if not os.path.isdir(model_dir):
-        if re.search(r"[/\\]|^\.", path) and os.path.exists(path):
+        is_path = os.path.dirname(path) or path in (".", "..")
+        if is_path and os.path.exists(path):
             return path
         if model_size == BUNDLED.name:
             return str(BUNDLED)
@@ -333,7 +334,8 @@ def check_hparams(hparams, path):
             rule = f"must be a whole number from 1 to {MAX_SIZE}"
             raise ValueError(f"{path}: {name} {rule}, got {value!r}")
     if hparams["n_embd"] % hparams["n_head"]:
-        raise ValueError(f"{path}: n_embd is not a multiple of n_head")
+        problem = f"n_embd, {hparams['n_embd']}, is not a multiple of n_head, {hparams['n_head']}"
+        raise ValueError(f"{path}: {problem}")
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path: str | os.PathLike, hparams: dict) -> dict[str, Any]:
@@ -377,7 +379,7 @@ def is_known(data):
 
 def data_files(prefix):
     """Return the paths of a checkpoint's data files. If there are none, return the usual path."""
-    # A backup beside them has another name.
+    # The whole pattern leaves out backups, such as model.ckpt.data-00000-of-00001.bak.
     return sorted(glob.glob(glob.escape(prefix) + ".data-?????-of-?????")) or [prefix + DATA_SUFFIX]
 
 
@@ -541,7 +543,7 @@ def import_tensorflow(prefix):
 def plain_path(path):
     """Yield path, or a path of links to its files if TensorFlow cannot take it.
 
-    In a path, *, ? and [ are patterns, and bytes that are not UTF-8 are an error there.
+    TensorFlow reads *, ? and [ in a path as patterns, and refuses bytes that are not UTF-8.
     """
     if not re.search(r"[*?[\ud800-\udfff]", path):
         yield path

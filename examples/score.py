@@ -134,9 +134,9 @@ class Input:
     def is_json_lines(self):
         """Decide by the name, or else by the first character that is not white space."""
         name = self.path.lower().removesuffix(".gz")
-        if name.endswith((".json", ".jsonl", ".ndjson")):
-            return True
-        lines = []
+        if name.endswith((".txt", ".json", ".jsonl", ".ndjson")):
+            return not name.endswith(".txt")
+        lines = []  # they are read again
         beginning = b""
         for line in self.file:
             lines.append(line)
@@ -144,7 +144,7 @@ class Input:
             if beginning:
                 break
         self.file = itertools.chain(lines, self.file)
-        return beginning.startswith(b"{") and not name.endswith(".txt")
+        return beginning.startswith(b"{")
 
     def lines(self):
         for line in self.file:
@@ -326,7 +326,7 @@ def score(model_size, models_dir, identity, rows):
     model = load(model_size, models_dir)
     if model.identity != identity:
         raise ValueError(f"{model_size} is another model here; replace it and restart the worker")
-    ids = np.zeros((len(rows), len(rows[0].ids)), np.int64)  # padding comes after the targets
+    ids = np.zeros((len(rows), len(rows[0].ids)), np.int64)  # the longest row comes first
     is_target = np.zeros(ids.shape, bool)
     for i, row in enumerate(rows):
         end = len(row.ids)
@@ -604,7 +604,7 @@ def lock(file, path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another run is writing {path}; use another --output") from None
-    except (ImportError, OSError):  # Windows and some network file systems have no locks
+    except (ImportError, OSError):  # there are no locks on Windows and some network file systems
         pass
 
 

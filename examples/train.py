@@ -336,6 +336,7 @@ class Trainer:
             _, merges = self.tokenizer.model.save(folder)
             Path(merges).rename(new / "vocab.bpe")
             try:
+                # A folder that is there before the first save is another program's.
                 if self.best_loss < math.inf and self.model_dir.exists():
                     self.model_dir.rename(old)
                 new.rename(self.model_dir)

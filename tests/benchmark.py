@@ -328,7 +328,7 @@ WHOLE = (
 )
 LINES = Row("source code of the step", "lines", LADDER)
 IDLE = "The library, idle"
-BUSY = "The library, beside 2 busy processes that started after it"
+BUSY = "The library, beside 2 busy processes that started before it"
 
 
 # Processes
@@ -616,7 +616,7 @@ def plot(tables, path):
     titles = [title for title in (IDLE, BUSY) if title in tables]
     panels = list(itertools.product(TIMES, titles))
     picture = pyplot.figure(figsize=(14, 9), layout="constrained")
-    picture.suptitle("Milliseconds (shorter is better). " + "; right: ".join(titles))
+    picture.suptitle("Milliseconds (shorter is better). Left: idle. Right: beside 2 busy processes")
     for i, (row, title) in enumerate(panels, 1):
         values = tables[title][f"{row.what}, {row.unit}"]
         names = [name for name in values if name != PICO]

@@ -194,7 +194,7 @@ def test_ids_are_those_of_the_saved_files(tmp_path):
 @pytest.mark.parametrize(
     ("option", "status", "words"),
     [
-        ("--n_head=3", 2, "the options: n_embd is not a multiple of n_head"),
+        ("--n_head=3", 2, r"the options: n_embd, \d+, is not a multiple of n_head, 3;"),
         (
             f"--n_vocab={10**30}",
             2,
