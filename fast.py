@@ -23,7 +23,7 @@ PROMPT_ROWS = 64  # a call with at least this many tokens uses our own threads
 FEW_ROWS = 64  # with fewer rows than this, (w.T @ x.T).T is faster than x @ w in OpenBLAS
 COLUMNS = 192  # of a product per block: fewer than 64 are slow, more than 384 are no faster
 MAX_WAIT = 0.016  # seconds. A call that waits longer for a core shows that the machine is busy
-BUSY_TIME = 4.0  # seconds. For so long after such a call, single tokens have one thread
+BUSY_TIME = 4.0  # seconds after such a call in which single tokens have one thread
 
 # glibc returns freed memory to the system, and new pages must be zeroed again. Freeing one large
 # block first raises its threshold, so later temporaries are reused: a prompt takes 8% less time.
@@ -166,7 +166,7 @@ def own_threads(n_rows):
 def waiting_clock():
     """Return a time in seconds that advances only while this thread does not run.
 
-    It waits for a core, or else for the disk or a lock, which is taken for the same.
+    Waits for a core, for the disk and for a lock all count.
     """
     return time.perf_counter() - time.thread_time()
 

@@ -186,14 +186,16 @@ def predict(logits: Array, ids: Ids, n_likeliest: int) -> list[Prediction]:
         likeliest = np.argpartition(-row, n_likeliest - 1)[:n_likeliest]
         likeliest = sorted(likeliest.tolist(), key=lambda i: (-row[i], i))  # the lower id first
         shifted = row - row.max()
-        bits = (np.log(np.exp(shifted).sum()) - shifted) / math.log(2)
+        total = np.exp(shifted).sum()
+        bits = (np.log(total) - shifted) / math.log(2)
         bits = bits.astype(np.float64).round(5)  # float32 has no more digits
+        rank = 1 + int((row > row[token_id]).sum())
         predictions.append(
             Prediction(
                 likeliest,
                 bits[likeliest].tolist(),
                 token_id,
-                1 + int((row > row[token_id]).sum()),
+                rank,
                 float(bits[token_id]),
             )
         )
@@ -241,7 +243,9 @@ class Group(NamedTuple):
 def groups(ids: Ids, encoder: Encoder) -> list[Group]:
     """Group tokens that share a character, as people see it: an emoji, a letter with accents."""
     text = encoder.decode_bytes(ids).decode("utf-8", "ignore")
-    ends = set(itertools.accumulate(len(each.encode()) for each in regex.findall(r"\X", text)))
+    characters = regex.findall(r"\X", text)
+    sizes = [len(character.encode()) for character in characters]
+    ends = set(itertools.accumulate(sizes))
     grouped = []
     group = []
     n_bytes = 0
@@ -278,9 +282,8 @@ SHADES = (  # pale to strong
 
 def painted(text: str, colour: int) -> str:
     """Return text on a colour, which does not run to the edge of the terminal after a line."""
-    return regex.sub(
-        r"[^\n]+", rf"\033[38;5;16;48;5;{colour}m\g<0>\033[0m", text.replace("\n", "↵\n")
-    )
+    escaped = rf"\033[38;5;16;48;5;{colour}m\g<0>\033[0m"
+    return regex.sub(r"[^\n]+", escaped, text.replace("\n", "↵\n"))
 
 
 def percent(bits: float) -> str:
@@ -373,8 +376,10 @@ def page(reading: Reading, name: str, model: tuple) -> str:
     n_head = hparams["n_head"]
     ids = [*reading.start_ids, *reading.ids]
     n_extra = len(reading.start_ids) - 1  # the page shows several start tokens as one
-    states = hidden_states(ids, params, n_head)[:, n_extra:]
-    lens = [predict(unembed(x, params), reading.ids, N_LENS) for x in states]
+    lens = []
+    for x in hidden_states(ids, params, n_head)[:, n_extra:]:
+        logits = unembed(x, params)
+        lens.append(predict(logits, reading.ids, N_LENS))
     attention = None
     if len(reading.ids) <= MAX_ATTENTION_TOKENS:
         attention = packed(attention_weights(ids, params, n_head), n_extra)

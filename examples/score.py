@@ -45,6 +45,7 @@ BYTES_PER_TOKEN = 8  # other fields of a line need memory, too: they count as so
 DECOMPRESSORS = {".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 FIGURES = ["n_tokens", "nats", "perplexity", "bits_per_byte", "greedy", "end_nats"]
 FIGURES += ["tokens", "token_nats", "error"]
+RECORD_SUFFIX = ".run"
 
 
 def command(
@@ -362,13 +363,9 @@ def dask_workers(n_workers, scheduler):
     from dask import config
 
     logging.disable()  # Dask logs tracebacks; one line is enough
-    config.set(
-        {
-            # By default, malloc returns memory at once: a batch would take a quarter longer.
-            "distributed.nanny.pre-spawn-environ": {},
-            "distributed.scheduler.allowed-failures": 20,
-        }
-    )
+    # Dask's default makes malloc return memory at once: a batch would take a quarter longer.
+    config.set({"distributed.nanny.pre-spawn-environ": {}})
+    config.set({"distributed.scheduler.allowed-failures": 20})
     options = {}
     if scheduler is None:
         options = {
@@ -572,7 +569,7 @@ def write(windows, path, job, source, encoder):
         if is_file:
             progress = resume(file, path, job, source)
             rest = file.read()
-            record = stack.enter_context(open(path + ".run", "ab"))
+            record = stack.enter_context(open(path + RECORD_SUFFIX, "ab"))
         try:
             for window in windows:
                 content, later = add_window(progress, window, job, encoder)
@@ -614,7 +611,7 @@ def resume(file, path, job, source):
     Raises ValueError if another run writes this file, or something does not belong to this run.
     """
     lock(file, path)
-    record = Path(path + ".run")
+    record = Path(path + RECORD_SUFFIX)
     header = json.dumps({"record": "score.py"} | job._asdict()).encode()
     content = record.read_bytes() if record.exists() else b""
     if content and not content.startswith(header[:20]):
